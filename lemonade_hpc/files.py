@@ -1,0 +1,79 @@
+"""Durable writes, checked lines, and where things lie in a run folder.
+
+Decides: the one way a file is written (temporary file, fsync, replace, fsync of the folder), the one format of a log line
+(a checksum, a space, JSON), and every path. Standard library only. Paths in a run are relative to it, so that it can
+be moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+RUN = Path("run.json")
+EPOCHS = Path("epochs")
+WORKERS = Path("workers")
+STATE = Path("state")
+TEMPORARY = ".tmp-"
+
+
+def attempt_folder(child: int, attempt: str) -> Path:
+    """Where one attempt at a child keeps its files: `children/000/000123/e1a1`, a thousand children a folder."""
+    return Path("children", f"{child // 1000:03d}", f"{child:06d}", attempt)
+
+
+def epoch_folder(epoch: int) -> Path:
+    """One coordinator's life."""
+    return EPOCHS / f"{epoch:06d}"
+
+
+def assigned_log(epoch: int, worker: str) -> Path:
+    """Coordinator to worker."""
+    return epoch_folder(epoch) / "workers" / worker / "assigned.log"
+
+
+def done_log(worker: str) -> Path:
+    """Worker to coordinator."""
+    return WORKERS / worker / "done.log"
+
+
+def sha256(content: bytes) -> str:
+    """64 hex digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a whole file durably: readers see the old one or the new one, never a part. Raises OSError."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write` of an indented JSON document."""
+    write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def dumps(value: Any) -> str:
+    """Canonical one-line JSON: the same value gives the same text. Raises ValueError for NaN and infinity."""
+    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)

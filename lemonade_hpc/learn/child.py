@@ -1,0 +1,236 @@
+"""The trainer: a process that holds torch and the data and trains one child after another.
+
+Decides: what happens to a child, in which order: morph, receipt, distil, train, evaluate, save. It reads tasks from
+standard input, one JSON document a line, and writes outcomes to standard output; whatever a library prints goes to
+standard error. It leaves when its standard input closes, so that it never outlives its supervisor (`run/worker.py`).
+Paper, section 3 (operators, distillation) and Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lemonade_hpc import data as data_sets
+from lemonade_hpc import files
+from lemonade_hpc.config import Config, from_dict
+from lemonade_hpc.learn import transfer
+from lemonade_hpc.learn.network import Network, Weights, build
+from lemonade_hpc.learn.training import Diverged, Images, distillation, error, fit, place
+from lemonade_hpc.learn.transfer import Morphed
+from lemonade_hpc.search import graph as graphs
+from lemonade_hpc.search import morphisms
+from lemonade_hpc.search.ops import Signature
+
+PURPOSE_WEIGHTS, PURPOSE_DISTIL, PURPOSE_TRAIN, PURPOSE_MEASURE = 11, 12, 13, 14
+
+NUM_PROBES = 64
+"""Validation images that a receipt compares parent and child on, in float64."""
+
+NUM_MEASURED = 256
+"""Training images, unaugmented, that an inserted BatchNorm's statistics are measured on."""
+
+EXACT_TOLERANCE = 1e-6
+"""Largest difference of logits, relative to their scale, that an exact edit may make in stored float32 weights."""
+
+
+class OutOfTolerance(RuntimeError):
+    """An exact edit changed the function: the child is refused."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What stays in the trainer from child to child: configuration, data on the device, the run folder."""
+
+    run: Path
+    config: Config
+    signature: Signature
+    device: torch.device
+    train: Images
+    validation: Images
+
+
+def open_lab(run: Path) -> Lab:
+    """Read run.json, load the data and place it on the device. Raises ConfigError for data unlike the run's."""
+    identity = json.loads((run / "run.json").read_text())
+    config = from_dict(identity["config"], str(run / "run.json"))
+    data = data_sets.load(config.data)
+    if data.checksum != identity["data"]["checksum"]:
+        raise data_sets.ConfigError(f"data {config.data.name}: not the data this run was started with (checksum differs)")
+    device = _device(config.cluster.device)
+    torch.set_num_threads(1 if config.training.deterministic else config.cluster.cpus_per_worker)
+    torch.use_deterministic_algorithms(bool(config.training.deterministic))
+    parts = (place(data, part, device) for part in (data.train, data.validation))
+    return Lab(run, config, Signature(data.shape, data.num_classes), device, *parts)
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise data_sets.ConfigError("cluster.device: cuda, but this machine has no usable GPU; allowed: auto, cpu, cuda")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def seeded(*stream: int) -> torch.Generator:
+    """A torch generator on the CPU for one decision."""
+    seed = int(np.random.default_rng(stream).integers(2**62))
+    return torch.Generator().manual_seed(seed)
+
+
+def train_child(lab: Lab, task: dict[str, Any], progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Train one child and save its weights; the outcome as JSON. A child's own fault is an outcome, not an exception."""
+    started = time.perf_counter()
+    outcome: dict[str, Any] = {key: task[key] for key in ("child", "attempt", "digest")}
+    try:
+        network, receipt = _train(lab, task, progress)
+        val_error = error(network, lab.validation)
+        outcome |= {"objectives": {"val_error": val_error}, "receipt": receipt, "weights": _store(lab, task, network)}
+    except (Diverged, OutOfTolerance) as fault:
+        outcome |= {"failure": {"kind": type(fault).__name__, "reason": str(fault)}}
+    seconds = time.perf_counter() - started
+    return outcome | {"wall_s": round(seconds, 3), "device": _device_name(lab.device)}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _train(
+    lab: Lab, task: dict[str, Any], progress: Callable[[int], None] | None
+) -> tuple[Network, dict[str, Any] | None]:
+    number, training, seed = task["child"], lab.config.training, lab.config.seed
+    generator = seeded(seed, PURPOSE_WEIGHTS, number)
+    graph = graphs.from_json(task["graph"])
+    lr = training.lr if task["parent"] is not None else training.initial_lr
+    receipt = None
+    if task["parent"] is None or not lab.config.search.inheritance:
+        weights = transfer.initial_weights(graph, lab.signature, generator)
+        network = build(graph, lab.signature, _to(weights, lab.device))
+    else:
+        parent, inherited = _parent(lab, task)
+        morphed = _morph(lab, task, parent, inherited, generator)
+        if graphs.digest(morphed.graph) != task["digest"]:
+            raise RuntimeError(f"child {number}: the edits do not lead to the graph that was asked for")
+        teacher = build(parent, lab.signature, inherited)
+        network = build(morphed.graph, lab.signature, morphed.weights)
+        receipt = _receipt(lab, teacher, network, morphed)
+        if morphed.affected and training.distill_epochs:
+            _distil(lab, number, teacher, network, morphed)
+    assert lr is not None
+    first, last = task["epochs"]
+    fit(
+        network, lab.train, training, epochs=last - first, lr=lr, stream=(seed, PURPOSE_TRAIN, number), progress=progress
+    )
+    return network, receipt
+
+
+def _to(weights: Weights, device: torch.device) -> Weights:
+    return {name: value.to(device) for name, value in weights.items()}
+
+
+def _parent(lab: Lab, task: dict[str, Any]) -> tuple[graphs.Graph, Weights]:
+    given = task["parent"]
+    path = lab.run / given["weights"]["path"]
+    content = load_file(path, device=str(lab.device))
+    return graphs.from_json(given["graph"]), content
+
+
+def _morph(
+    lab: Lab, task: dict[str, Any], parent: graphs.Graph, inherited: Weights, generator: torch.Generator
+) -> Morphed:
+    images: Tensor | None = None
+    if lab.config.training.inserted_bn == "measured":
+        rng = np.random.default_rng([lab.config.seed, PURPOSE_MEASURE])
+        chosen = np.sort(rng.permutation(len(lab.train.labels))[:NUM_MEASURED])
+        images = lab.train.normalise(lab.train.images[torch.from_numpy(chosen).to(lab.device)])
+    edits = morphisms.from_json(task["edits"])
+    prune_by = lab.config.search.prune_by
+    return transfer.morph(parent, inherited, edits, lab.signature, generator, images_BCHW=images, prune_by=prune_by)
+
+
+def _receipt(lab: Lab, parent: Network, child: Network, morphed: Morphed) -> dict[str, Any]:
+    """What the morphism did, measured before any training; raises OutOfTolerance for an exact one that did harm."""
+    probes = lab.validation.first(NUM_PROBES).double()
+    with torch.no_grad():
+        before, after = (net.double()(probes) for net in (parent, child))
+    parent.float(), child.float()
+    difference = float((after - before).abs().max())
+    scale = float(before.abs().max())
+    relative = difference / scale if scale else difference
+    if morphed.exact and not relative <= EXACT_TOLERANCE:
+        raise OutOfTolerance(
+            f"exact operators changed the logits by {relative:.1e} of their scale; allowed is {EXACT_TOLERANCE:.0e}"
+        )
+    return {
+        "exact": morphed.exact,
+        "max_difference": difference,
+        "relative_difference": relative,
+        "error_before": error(child, lab.validation),
+        "kept": [[group, list(filters)] for group, filters in morphed.kept],
+    }
+
+
+def _distil(lab: Lab, number: int, teacher: Network, network: Network, morphed: Morphed) -> None:
+    """Teach the disturbed layers, all others frozen, to answer as the parent does (paper, section 3)."""
+    training = lab.config.training
+    assert training.distill_epochs is not None and training.lr is not None
+    fit(
+        network,
+        lab.train,
+        training,
+        epochs=training.distill_epochs,
+        lr=training.lr,
+        stream=(lab.config.seed, PURPOSE_DISTIL, number),
+        loss_of=distillation(teacher, training.distill_temperature),
+        only=morphed.affected,
+    )
+
+
+def _store(lab: Lab, task: dict[str, Any], network: Network) -> dict[str, Any]:
+    """Save the weights durably; their path in the run folder, checksum and size in bytes."""
+    content = save({name: value.cpu().contiguous() for name, value in network.weights().items()})
+    path = files.attempt_folder(task["child"], task["attempt"]) / "weights.safetensors"
+    (lab.run / path).parent.mkdir(parents=True, exist_ok=True)
+    files.write(lab.run / path, content)
+    return {"path": str(path), "sha256": files.sha256(content), "bytes": len(content)}
+
+
+def main(run: str) -> None:
+    """Serve tasks from standard input until it closes."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
+    lab = open_lab(Path(run))
+    print(json.dumps({"ready": _device_name(lab.device)}), file=out)
+    while True:
+        task = json.loads(inbox.get())
+        report = _reporter(out, task)
+        print(json.dumps(train_child(lab, task, report)), file=out)
+
+
+def _reporter(out: Any, task: dict[str, Any]) -> Callable[[int], None]:
+    return lambda epoch: print(json.dumps({"child": task["child"], "epoch": epoch}), file=out)
+
+
+def _listen(inbox: queue.SimpleQueue[str]) -> None:
+    """Pass lines on; when the supervisor is gone, leave at once, also in the middle of a child."""
+    for line in sys.stdin:
+        inbox.put(line)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

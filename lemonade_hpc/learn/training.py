@@ -1,0 +1,205 @@
+"""Training, distillation and evaluation of one network on images that live on the device.
+
+Decides: the loop (paper, appendix on the training pipeline: SGD with momentum, cosine rate to 0, mixup, cutout) and the
+augmentation, done by the batch on uint8 images. Every random number comes from `default_rng([seed, purpose, child,
+epoch])`, so an epoch can be repeated alone. Shape suffixes: B batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from math import cos, pi
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The functional form: constructing torch.optim.SGD imports torch._dynamo, 1.1-1.5 s in every fresh process.
+from torch.optim.sgd import sgd
+
+from lemonade_hpc.config import Training
+from lemonade_hpc.data import DataSet, Part
+from lemonade_hpc.learn.network import Network
+
+EVAL_BATCH = 1024
+
+
+class Diverged(RuntimeError):
+    """The loss or a weight is no longer finite: the child's own fault."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """One part of a data set on the device: uint8 images (N, C, H, W), labels (N,), and the normalisation."""
+
+    images: Tensor
+    labels: Tensor
+    mean_1C11: Tensor
+    std_1C11: Tensor
+
+    def normalise(self, x_BCHW: Tensor) -> Tensor:
+        """uint8 to float32 with mean 0 and deviation 1 per channel over the training images."""
+        return (x_BCHW.float() - self.mean_1C11) / self.std_1C11
+
+    def first(self, count: int, skip: int = 0) -> Tensor:
+        """Normalised images, unaugmented, from a fixed place; fewer where there are fewer."""
+        return self.normalise(self.images[skip : skip + count])
+
+
+def place(data: DataSet, part: Part, device: torch.device) -> Images:
+    """A part of the data on the device, normalised by the training part's statistics."""
+    x = data.train.images
+    mean = torch.tensor(x.mean(axis=(0, 2, 3), dtype=np.float64).astype(np.float32), device=device)
+    std = torch.tensor(np.maximum(x.std(axis=(0, 2, 3), dtype=np.float64), 1.0).astype(np.float32), device=device)
+    images, labels = (torch.from_numpy(a.copy()).to(device) for a in (part.images, part.labels))
+    return Images(images, labels, mean[None, :, None, None], std[None, :, None, None])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Augmented images (B, C, H, W), labels (B,), and mixup's partner labels with the share of the first ones."""
+
+    x_BCHW: Tensor
+    labels_B: Tensor
+    partners_B: Tensor
+    share: float
+
+
+def augment(data: Images, index: np.ndarray, training: Training, rng: np.random.Generator) -> Batch:
+    """Pad-crop, flip, cutout and mixup of the images at `index`, in this order, one draw per image (mixup: per batch)."""
+    x = data.images
+    count, (height, width), device = len(index), x.shape[2:], x.device
+    at = torch.from_numpy(index).to(device)
+    if training.pad:
+        x = crop(x, at, training.pad, rng)
+    else:
+        x = x[at]
+    if training.flip:
+        chosen = torch.from_numpy(rng.random(count) < 0.5).to(device)
+        x = torch.where(chosen[:, None, None, None], x.flip(3), x)
+    x = data.normalise(x)
+    if training.cutout:
+        x = x * ~_squares(count, height, width, training.cutout, rng).to(device)
+    labels = data.labels[at]
+    if not training.mixup:
+        return Batch(x, labels, labels, 1.0)
+    share = float(rng.beta(training.mixup, training.mixup))
+    partner = torch.from_numpy(rng.permutation(count)).to(device)
+    return Batch(torch.lerp(x[partner], x, share), labels, labels[partner], share)
+
+
+def crop(images: Tensor, at: Tensor, pad: int, rng: np.random.Generator) -> Tensor:
+    """The images at `at`, padded with zeros and cropped to their size at a random place each."""
+    count, channels, (height, width) = len(at), images.shape[1], images.shape[2:]
+    padded = F.pad(images[at], (pad, pad, pad, pad))
+    offsets = torch.from_numpy(rng.integers(0, 2 * pad + 1, size=(2, count))).to(images.device)
+    rows = (offsets[0][:, None] + torch.arange(height, device=images.device))[:, None, :, None]
+    columns = (offsets[1][:, None] + torch.arange(width, device=images.device))[:, None, None, :]
+    which = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[None, :, None, None]
+    return padded[which, channel, rows, columns]
+
+
+def _squares(count: int, height: int, width: int, side: int, rng: np.random.Generator) -> Tensor:
+    """Masks (count, 1, H, W), true in a square of this side around a random pixel; it may stick out."""
+    y, x = rng.integers(0, height, size=count), rng.integers(0, width, size=count)
+    top, left = y - side // 2, x - side // 2
+    rows, columns = np.arange(height), np.arange(width)
+    in_rows = (rows >= top[:, None]) & (rows < top[:, None] + side)
+    in_columns = (columns >= left[:, None]) & (columns < left[:, None] + side)
+    return torch.from_numpy((in_rows[:, :, None] & in_columns[:, None, :])[:, None])
+
+
+Loss = Callable[[Tensor, Batch], Tensor]
+
+
+def cross_entropy(logits_BK: Tensor, batch: Batch) -> Tensor:
+    """Mixup's cross entropy: the labels' and the partners', by their shares."""
+    loss = F.cross_entropy(logits_BK, batch.labels_B)
+    if batch.share == 1.0:
+        return loss
+    return batch.share * loss + (1 - batch.share) * F.cross_entropy(logits_BK, batch.partners_B)
+
+
+def distillation(teacher: Network, temperature: float) -> Loss:
+    """Divergence from the teacher's softened answers on the same augmented images (Hinton et al., 2015)."""
+
+    def loss(logits_BK: Tensor, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            target_BK = F.log_softmax(teacher(batch.x_BCHW) / temperature, dim=1)
+        answer_BK = F.log_softmax(logits_BK / temperature, dim=1)
+        return F.kl_div(answer_BK, target_BK, reduction="batchmean", log_target=True) * temperature**2
+
+    return loss
+
+
+def fit(
+    network: Network,
+    data: Images,
+    training: Training,
+    *,
+    epochs: int,
+    lr: float,
+    stream: tuple[int, ...],
+    loss_of: Loss = cross_entropy,
+    only: Collection[int] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Train in place for `epochs`, SGD with a cosine rate from `lr` to 0.
+
+    `stream` seeds an epoch's draws together with its number; `only`: the nodes that are trained, all others frozen.
+    Raises Diverged when the loss of an epoch is not finite.
+    """
+    chosen = [p for name, p in network.named_parameters() if only is None or int(name.split(".")[0]) in only]
+    momenta: list[Tensor | None] = [None] * len(chosen)
+    count = len(data.labels)
+    num_batches = -(-count // training.batch_size)
+    network.train()
+    for epoch in range(epochs):
+        rng = np.random.default_rng([*stream, epoch])
+        total = torch.zeros((), device=data.images.device)
+        for k, index in enumerate(np.array_split(rng.permutation(count), num_batches)):
+            rate = lr * (1 + cos(pi * (epoch * num_batches + k) / (epochs * num_batches))) / 2
+            batch = augment(data, index, training, rng)
+            loss = loss_of(network(batch.x_BCHW), batch)
+            gradients = torch.autograd.grad(loss, chosen)
+            with torch.no_grad():
+                _step(chosen, list(gradients), momenta, training, rate)
+                total += loss.detach()
+        if not bool(torch.isfinite(total)):
+            raise Diverged(f"the loss is {float(total) / num_batches} in epoch {epoch + 1} of {epochs}")
+        if progress is not None:
+            progress(epoch + 1)
+    network.eval()
+
+
+def _step(
+    params: list[Tensor], gradients: list[Tensor], momenta: list[Tensor | None], training: Training, rate: float
+) -> None:
+    sgd(
+        params,
+        gradients,
+        momenta,
+        foreach=True,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+        lr=rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+
+
+def error(network: Network, data: Images) -> float:
+    """Share of images that the network, in evaluation mode, takes for another class; raises Diverged."""
+    network.eval()
+    wrong = 0
+    with torch.no_grad():
+        for start in range(0, len(data.labels), EVAL_BATCH):
+            logits_BK = network(data.normalise(data.images[start : start + EVAL_BATCH]))
+            if not bool(torch.isfinite(logits_BK).all()):
+                raise Diverged("the network's answers are not finite")
+            wrong += int((logits_BK.argmax(dim=1) != data.labels[start : start + EVAL_BATCH]).sum())
+    return wrong / len(data.labels)

@@ -1,0 +1,197 @@
+"""The graph of a network: nodes in topological order, validity, shapes, channel groups, digest, JSON.
+
+Decides: what a network is, and when two are the same one. Holds no weight, no image shape and no number of classes
+(those are the `Signature` beside it), so one graph can be judged on several data sets. Every question about a graph
+is one loop over its nodes. Graphs are immutable; `morphisms.py` makes new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lemonade_hpc.search.ops import Concat, Conv, Facts, Input, Linear, Op, Shape, Signature, facts
+from lemonade_hpc.search.ops import from_json as op_from_json
+from lemonade_hpc.search.ops import to_json as op_to_json
+
+Run = tuple[int, int]
+"""Channels that change width together: (group, how many). A feature map is a tuple of runs, in channel order."""
+
+
+class GraphError(ValueError):
+    """Not a valid graph: says which node and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An operator and the ids of its inputs. Nodes with equal `tie` are one cell node's copies and change together."""
+
+    id: int
+    op: Op
+    inputs: tuple[int, ...]
+    tie: int
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Nodes in topological order, the image first, the logits last. `next_id` is the first id never used so far.
+
+    Ids are never reused along a lineage, so a weight is called "{id}.{param}" for ever.
+    """
+
+    nodes: tuple[Node, ...]
+    next_id: int
+
+    @property
+    def by_id(self) -> dict[int, Node]:
+        """Nodes by their id."""
+        return {node.id: node for node in self.nodes}
+
+
+def readers(graph: Graph) -> dict[int, list[Node]]:
+    """For each node's id, the nodes that read it, in topological order."""
+    found: dict[int, list[Node]] = {node.id: [] for node in graph.nodes}
+    for node in graph.nodes:
+        for source in dict.fromkeys(node.inputs):
+            found[source].append(node)
+    return found
+
+
+def infer(graph: Graph, signature: Signature) -> dict[int, Facts]:
+    """Shape, weights, parameters and multiply-adds of every node; raises ops.ShapeError."""
+    known: dict[int, Facts] = {}
+    for node in graph.nodes:
+        known[node.id] = facts(node.op, signature, *(known[source].shape for source in node.inputs))
+    return known
+
+
+def params(graph: Graph, signature: Signature) -> int:
+    """Number of trainable parameters."""
+    return sum(fact.num_params for fact in infer(graph, signature).values())
+
+
+def macs(graph: Graph, signature: Signature) -> int:
+    """Multiply-adds per image."""
+    return sum(fact.macs for fact in infer(graph, signature).values())
+
+
+def channel_runs(graph: Graph, shapes: dict[int, Shape]) -> dict[int, tuple[Run, ...]]:
+    """For each node, its channels as runs of groups that must keep equal widths.
+
+    A convolution opens a group, an addition unites its operands' groups, a concatenation puts runs side by side.
+    A group is named by the lowest node id among its members; the image's is 0's, and never changes width.
+    Raises GraphError where an addition's operands are not divided alike.
+    """
+    root: dict[int, int] = {}
+
+    def find(group: int) -> int:
+        while root[group] != group:
+            group = root[group]
+        return group
+
+    runs: dict[int, tuple[Run, ...]] = {}
+    for node in graph.nodes:
+        if not node.op.channelwise:
+            root[node.id] = node.id
+            runs[node.id] = ((node.id, shapes[node.id][0]),)
+        elif isinstance(node.op, Concat):
+            runs[node.id] = runs[node.inputs[0]] + runs[node.inputs[1]]
+        else:
+            first = runs[node.inputs[0]]
+            for other in (runs[source] for source in node.inputs[1:]):
+                if [size for _, size in first] != [size for _, size in other]:
+                    raise GraphError(f"node {node.id}: an addition of channels divided differently")
+                for (a, _), (b, _) in zip(first, other, strict=True):
+                    low, high = sorted((find(a), find(b)))
+                    root[high] = low
+            runs[node.id] = first
+    return {id_: tuple((find(group), size) for group, size in value) for id_, value in runs.items()}
+
+
+def validate(graph: Graph, signature: Signature) -> dict[int, Facts]:
+    """Check everything a graph promises; return `infer`'s result.
+
+    Raises GraphError: order, arity, ids, a node nobody reads, first or last node, additions; ops.ShapeError: shapes.
+    """
+    if not graph.nodes or not isinstance(graph.nodes[0].op, Input) or not isinstance(graph.nodes[-1].op, Linear):
+        raise GraphError("the first node must be the image and the last the classifier")
+    seen: set[int] = set()
+    read: set[int] = set()
+    for node in graph.nodes:
+        if node.id in seen or node.id >= graph.next_id or node.id < 0:
+            raise GraphError(f"node {node.id}: the id is used twice, negative or not below next_id {graph.next_id}")
+        if len(node.inputs) != node.op.arity:
+            raise GraphError(f"node {node.id}: {node.op.name} takes {node.op.arity} inputs, got {len(node.inputs)}")
+        if len(set(node.inputs)) != len(node.inputs):
+            raise GraphError(f"node {node.id}: reads node {node.inputs[0]} twice")
+        if missing := set(node.inputs) - seen:
+            raise GraphError(f"node {node.id}: reads {sorted(missing)}, not defined before it")
+        if node is not graph.nodes[0] and isinstance(node.op, Input):
+            raise GraphError(f"node {node.id}: a second image")
+        seen.add(node.id)
+        read.update(node.inputs)
+    if unread := seen - read - {graph.nodes[-1].id}:
+        raise GraphError(f"nodes {sorted(unread)} are read by nobody")
+    known = infer(graph, signature)
+    channel_runs(graph, {id_: fact.shape for id_, fact in known.items()})
+    return known
+
+
+def digest(graph: Graph) -> str:
+    """32 hex digits that two graphs share iff they are the same network.
+
+    Nodes are numbered depth-first from the output, inputs in order; ids, ties and the order of storage are left out.
+    """
+    by_id = graph.by_id
+    number: dict[int, int] = {}
+    text: list[str] = []
+    stack = [graph.nodes[-1].id]
+    while stack:
+        node = by_id[stack[-1]]
+        waiting = [source for source in node.inputs if source not in number]
+        if waiting:
+            stack.append(waiting[0])
+            continue
+        stack.pop()
+        if node.id not in number:
+            number[node.id] = len(number)
+            text.append(f"{op_to_json(node.op)}{[number[source] for source in node.inputs]}")
+    return hashlib.blake2b("".join(text).encode(), digest_size=16).hexdigest()
+
+
+def to_json(graph: Graph) -> dict[str, Any]:
+    """A plain structure: `{"next_id": 9, "nodes": [[id, op, inputs, tie], ...]}`."""
+    nodes = [[node.id, op_to_json(node.op), list(node.inputs), node.tie] for node in graph.nodes]
+    return {"next_id": graph.next_id, "nodes": nodes}
+
+
+def from_json(data: dict[str, Any]) -> Graph:
+    """The inverse of `to_json`; raises ValueError. Check the result with `validate`."""
+    nodes = tuple(Node(id_, op_from_json(op), tuple(inputs), tie) for id_, op, inputs, tie in data["nodes"])
+    return Graph(nodes, data["next_id"])
+
+
+def pack(graph: Graph) -> bytes:
+    """Compact JSON bytes, as stored in HDF5."""
+    return json.dumps(to_json(graph), separators=(",", ":")).encode()
+
+
+def chain(ops: Iterable[Op]) -> Graph:
+    """A graph in which each operator reads the one before it; every node its own tie."""
+    nodes = tuple(Node(i, op, (i - 1,) if i else (), i) for i, op in enumerate(ops))
+    return Graph(nodes, len(nodes))
+
+
+def describe(graph: Graph) -> str:
+    """One line for people: `conv3x3(16)-bn-relu pool ... linear`, in topological order."""
+    short = {"batchnorm": "bn", "maxpool": "pool", "globalpool": "gap", "depthwise": "dw"}
+    words = []
+    for node in graph.nodes:
+        name = short.get(node.op.name, node.op.name)
+        if isinstance(node.op, Conv):
+            name += f"{node.op.kernel}x{node.op.kernel}({node.op.channels})"
+        words.append(name)
+    return " ".join(words)
