@@ -142,9 +142,9 @@ def ask(state: State, n: int, seen: Callable[[str], bool]) -> tuple[State, tuple
     (asked at once, whatever `n`) needs every earlier child told. Nobody is returned when it is not time yet, the
     budget is spent, or no new network was found (`redrawn` counts why).
     """
+    redrawn = state.redrawn
     if state.num_asks == 0:
         children = _initial(state.problem)
-        state = replace(state, num_initial=len(children))
     else:
         search = state.problem.config.search
         if search.mode == "generational":
@@ -155,14 +155,25 @@ def ask(state: State, n: int, seen: Callable[[str], bool]) -> tuple[State, tuple
         rng = np.random.default_rng([state.problem.config.seed, PURPOSE_ASK, state.num_asks])
         proposals, redrawn = _propose(state, rng, seen)
         chosen = _accept(state, proposals, n, rng)
-        first, generation = state.num_asked, 1 + (state.num_asked - state.num_initial) // search.accepted
+        before = state.num_asked - state.num_initial
         children = tuple(
-            replace(child, number=first + k, generation=generation) for k, child in enumerate(chosen)
+            replace(child, number=state.num_asked + k, generation=1 + (before + k) // search.accepted)
+            for k, child in enumerate(chosen)
         )
-        state = replace(state, redrawn=redrawn)
+    return take(state, children, redrawn), children
+
+
+def take(state: State, children: tuple[Child, ...], redrawn: Drawn) -> State:
+    """The state after an ask that returned these children: what `ask` does once it has decided, and a replay repeats."""
     in_flight = {**state.in_flight, **{child.number: child for child in children}}
-    asked = state.num_asked + len(children)
-    return replace(state, in_flight=in_flight, num_asked=asked, num_asks=state.num_asks + 1), children
+    return replace(
+        state,
+        in_flight=in_flight,
+        num_initial=state.num_initial if state.num_asks else len(children),
+        num_asked=state.num_asked + len(children),
+        num_asks=state.num_asks + 1,
+        redrawn=redrawn,
+    )
 
 
 def _initial(fixed: Problem) -> tuple[Child, ...]:
