@@ -7,6 +7,7 @@ be moved.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,9 @@ WORKERS = Path("workers")
 STATE = Path("state")
 TEMPORARY = ".tmp-"
 
+STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+"""Errors of the file system, not of the program: the run pauses and can go on once they are gone."""
+
 
 def attempt_folder(child: int, attempt: str) -> Path:
     """Where one attempt at a child keeps its files: `children/000/000123/e1a1`, a thousand children a folder."""
@@ -28,6 +32,27 @@ def attempt_folder(child: int, attempt: str) -> Path:
 def epoch_folder(epoch: int) -> Path:
     """One coordinator's life."""
     return EPOCHS / f"{epoch:06d}"
+
+
+def journals(epoch: int) -> tuple[Path, Path]:
+    """The two copies of an epoch's journal."""
+    return epoch_folder(epoch) / "journal.log", epoch_folder(epoch) / "journal.copy"
+
+
+def owner(epoch: int) -> Path:
+    """Who holds an epoch, and the configuration it runs with."""
+    return epoch_folder(epoch) / "owner.json"
+
+
+def heartbeat(epoch: int) -> Path:
+    """Grows by a byte with every beat of the epoch's coordinator."""
+    return epoch_folder(epoch) / "heartbeat"
+
+
+def epochs(run: Path) -> list[int]:
+    """Numbers of the epochs that a run has seen, ascending."""
+    folder = run / EPOCHS
+    return sorted(int(item.name) for item in folder.iterdir() if item.name.isdigit()) if folder.is_dir() else []
 
 
 def assigned_log(epoch: int, worker: str) -> Path:

@@ -63,10 +63,13 @@ class Lab:
     validation: Images
 
 
-def open_lab(run: Path) -> Lab:
-    """Read run.json, load the data and place it on the device. Raises ConfigError for data unlike the run's."""
-    identity = json.loads((run / "run.json").read_text())
-    config = from_dict(identity["config"], str(run / "run.json"))
+def open_lab(run: Path, owner: Path) -> Lab:
+    """Load the data and place it on the device; the configuration is that of the epoch whose `owner.json` is given.
+
+    Raises ConfigError for data unlike the run's.
+    """
+    identity = json.loads((run / files.RUN).read_text())
+    config = from_dict(json.loads(owner.read_text())["config"], str(owner))
     data = data_sets.load(config.data)
     if data.checksum != identity["data"]["checksum"]:
         raise data_sets.ConfigError(f"data {config.data.name}: not the data this run was started with (checksum differs)")
@@ -97,6 +100,10 @@ def train_child(lab: Lab, task: dict[str, Any], progress: Callable[[int], None] 
         network, receipt = _train(lab, task, progress)
         val_error = error(network, lab.validation)
         outcome |= {"objectives": {"val_error": val_error}, "receipt": receipt, "weights": _store(lab, task, network)}
+    except OSError as error:
+        if error.errno not in files.STORAGE_ERRORS:
+            raise
+        return {"storage": f"child {task['child']}: {error}"}
     except (Diverged, OutOfTolerance) as fault:
         outcome |= {"failure": {"kind": type(fault).__name__, "reason": str(fault)}}
     seconds = time.perf_counter() - started
@@ -207,13 +214,13 @@ def _store(lab: Lab, task: dict[str, Any], network: Network) -> dict[str, Any]:
     return {"path": str(path), "sha256": files.sha256(content), "bytes": len(content)}
 
 
-def main(run: str) -> None:
+def main(run: str, owner: str) -> None:
     """Serve tasks from standard input until it closes."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
-    lab = open_lab(Path(run))
+    lab = open_lab(Path(run), Path(owner))
     print(json.dumps({"ready": _device_name(lab.device)}), file=out)
     while True:
         task = json.loads(inbox.get())
@@ -233,4 +240,4 @@ def _listen(inbox: queue.SimpleQueue[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:3])

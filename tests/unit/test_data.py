@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 import subprocess
@@ -250,7 +251,7 @@ if {name.endswith("at import")}: import sklearn
 data.load(config.Data(name="npz", root={str(tmp_path / "a.npz")!r}))
 sys.exit(7 if {name.split()[0]!r} in sys.modules else 0)
 """
-    found = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=Path(__file__).parents[1], timeout=60)
+    found = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=Path(data.__file__).parents[1], timeout=60)
     assert found.returncode == (7 if name.endswith("at import") else 0)
 
 
@@ -395,7 +396,8 @@ def test_cifar_counts(tmp_path: Path) -> None:
     message = refusal(Data(name="cifar10", root=root))
     assert message.startswith("data.validation: 5000 ") and "of 100 " in message and "data.test" not in message
     assert len(data.load(Data(name="cifar10", root=root, validation=90)).train.labels) == 10
-    assert refusal(Data(name="cifar10", root=root, validation=91)).startswith("data.validation: 91 ")
+    message = refusal(Data(name="cifar10", root=root, validation=91))
+    assert message.startswith("data.validation: 91 ") and "needs at least 10" in message
 
 
 GOOD = batch("cifar10", 0, 20)
@@ -443,7 +445,7 @@ def test_pickle_that_runs_a_command_is_refused_and_runs_nothing(number: int, tmp
 
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
-            return __import__("os").system, (f"touch '{marker}'",)
+            return os.system, (f"touch '{marker}'",)
 
     content = pickle.dumps({b"data": Evil(), b"labels": []}, number)
     inner = write_cifar(tmp_path, "cifar10")
@@ -587,7 +589,7 @@ def test_npz_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_npz_of_objects_is_never_unpickled(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
-            return __import__("os").system, (f"touch '{tmp_path / 'ran'}'",)
+            return os.system, (f"touch '{tmp_path / 'ran'}'",)
 
     np.savez(tmp_path / "a.npz", x=np.array([Evil(), Evil()], dtype=object), y=np.arange(2))
     assert "allow_pickle=False" in refusal(Data(name="npz", root=str(tmp_path / "a.npz")))
@@ -606,6 +608,17 @@ def test_function_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert sys.path == before
     for name in ("my_images", "helper_of_my_images"):
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_function_written_a_moment_ago_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder's time of change does not show the new file, as on file systems with coarse times."""
+    monkeypatch.chdir(tmp_path)
+    assert "ModuleNotFoundError" in refusal(Data(name="late_images:make"))
+    before = tmp_path.stat()
+    (tmp_path / "late_images.py").write_text("def make():\n    return {}\n")
+    os.utime(tmp_path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert refusal(Data(name="late_images:make")).startswith("late_images:make: missing x")
+    monkeypatch.delitem(sys.modules, "late_images")
 
 
 def boom() -> Arrays:

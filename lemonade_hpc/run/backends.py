@@ -1,0 +1,128 @@
+"""Where workers run: inside this process, or as processes of this machine through submitit.
+
+Decides: how a worker is started, seen and ended. Never decides whether a child is finished: only its outcome does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any, Protocol
+
+from lemonade_hpc import files
+from lemonade_hpc.config import Cluster
+from lemonade_hpc.run import owner, worker
+
+
+class Backend(Protocol):
+    """Starts workers and knows which of them live."""
+
+    def launch(self, name: str) -> None:
+        """Start a worker; its mailbox exists."""
+
+    def adopt(self, name: str, who: dict[str, Any]) -> None:
+        """Take over a worker of an earlier coordinator, known by its hello."""
+
+    def alive(self, name: str) -> bool:
+        """Whether a worker may still report."""
+
+    def kill(self, name: str) -> None:
+        """End a worker at once."""
+
+    def step(self) -> None:
+        """Let inline workers work."""
+
+
+class InlineBackend:
+    """Workers are objects of this process and take turns: for tests and debugging."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._workers: dict[str, worker.Worker] = {}
+
+    def launch(self, name: str) -> None:  # noqa: D102
+        self._workers[name] = worker.Worker(self._run, name, lambda epoch: worker.InlineTrainer(self._run, epoch))
+
+    def adopt(self, name: str, who: dict[str, Any]) -> None:  # noqa: D102
+        pass
+
+    def alive(self, name: str) -> bool:  # noqa: D102
+        return name in self._workers
+
+    def kill(self, name: str) -> None:  # noqa: D102
+        self._workers.pop(name, None)
+
+    def step(self) -> None:  # noqa: D102
+        for name, one in list(self._workers.items()):
+            if not one.step():
+                del self._workers[name]
+
+
+class LocalBackend:
+    """Processes of this machine, started by submitit's local executor."""
+
+    def __init__(self, run: Path, cluster: Cluster) -> None:
+        self._run = run
+        self._cluster = cluster
+        self._jobs: dict[str, Any] = {}
+        self._known: dict[str, dict[str, Any]] = {}
+        self._num_launched = 0
+
+    def launch(self, name: str) -> None:
+        """Start a worker that ignores Ctrl-C: the coordinator tells it when to leave.
+
+        submitit's local jobs default to no GPU, 5 minutes, and the caller's process group; all three are overridden.
+        """
+        from submitit import LocalExecutor
+
+        executor = LocalExecutor(folder=self._run / files.WORKERS / name / "job")
+        gpus = _visible_gpus() if self._cluster.device != "cpu" else []
+        visible = [gpus[self._num_launched % len(gpus)]] if gpus else []
+        self._num_launched += 1
+        executor.update_parameters(timeout_min=10 * 365 * 24 * 60, gpus_per_node=len(visible), visible_gpus=visible)
+        blocked = {signal.SIGINT}
+        old_threads = {key: os.environ.get(key) for key in THREAD_LIMITS}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)  # children inherit the mask
+        try:
+            os.environ.update(dict.fromkeys(THREAD_LIMITS, str(self._cluster.cpus_per_worker)))
+            self._jobs[name] = executor.submit(worker.serve, str(self._run), name)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for key, value in old_threads.items():
+                os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+    def adopt(self, name: str, who: dict[str, Any]) -> None:  # noqa: D102
+        self._known[name] = who
+
+    def alive(self, name: str) -> bool:  # noqa: D102
+        if name in self._jobs:
+            return bool(self._jobs[name].get_info()["jobState"] == "RUNNING")
+        return name in self._known and owner.judge(self._known[name]) == "alive"
+
+    def kill(self, name: str) -> None:
+        """SIGKILL the supervisor; its trainer leaves when its standard input closes."""
+        who = self._known.get(name)
+        if who is not None and owner.judge(who) == "alive":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(who["pid"], signal.SIGKILL)
+
+    def step(self) -> None:
+        """Remove the pickles of workers that have ended: nothing that outlives a job is a pickle."""
+        for name in [name for name in self._jobs if not self.alive(name)]:
+            del self._jobs[name]
+            shutil.rmtree(self._run / files.WORKERS / name / "job", ignore_errors=True)
+
+
+THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def _visible_gpus() -> list[int]:
+    """Indices of this machine's NVIDIA GPUs that this process may use; asked without loading CUDA."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return [int(part) for part in allowed.split(",") if part.strip().isdigit()]
+    folder = Path("/proc/driver/nvidia/gpus")
+    return list(range(len(list(folder.iterdir())))) if folder.is_dir() else []

@@ -1,0 +1,133 @@
+"""Append-only logs of checked lines: the journal and the mailboxes.
+
+Decides: the format of a line, `<link> <JSON>`, where the link is the start of the SHA-256 of the previous link and the
+JSON text: each line vouches for all before it, and a line missing in one copy is known again in another. A log has exactly one
+writer, ever, and exists before its reader starts. Nothing is trusted that does not check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lemonade_hpc.files import dumps
+
+LINK_LENGTH = 16
+START = "0" * LINK_LENGTH
+
+Message = dict[str, Any]
+
+
+def link(previous: str, body: str) -> str:
+    """16 hex digits that stand for a line and everything before it."""
+    return hashlib.sha256((previous + body).encode()).hexdigest()[:LINK_LENGTH]
+
+
+def line(previous: str, body: str) -> str:
+    """A line as it is written, newline included."""
+    return f"{link(previous, body)} {body}\n"
+
+
+class LogWriter:
+    """Appends messages to a log. On a write error the log is cut back to its last whole line and OSError raised."""
+
+    def __init__(self, path: Path, previous: str = START) -> None:
+        self.path = path
+        self.previous = previous
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._size = os.fstat(self._file).st_size
+
+    def append(self, messages: Iterable[Message], *, durable: bool = True) -> list[str]:
+        """Write messages in one go, fsynced if durable; their JSON texts. Raises OSError, the log as before."""
+        bodies = [dumps(message) for message in messages]
+        previous, text = self.previous, []
+        for body in bodies:
+            text.append(line(previous, body))
+            previous = link(previous, body)
+        content = "".join(text).encode()
+        try:
+            written = 0
+            while written < len(content):
+                written += os.write(self._file, content[written:])
+            if durable:
+                os.fsync(self._file)
+        except OSError:
+            with contextlib.suppress(OSError):  # a read-only file system: the torn line fails its check
+                os.ftruncate(self._file, self._size)
+            raise
+        self._size += len(content)
+        self.previous = previous
+        return bodies
+
+    def close(self) -> None:
+        """Close the file; the log stays."""
+        os.close(self._file)
+
+    def __enter__(self) -> LogWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def parse(content: bytes, previous: str = START) -> tuple[list[tuple[str, str, str | None]], bytes]:
+    """Each whole line of a log as (link before it, its link, its JSON text or None if damaged), and the torn rest."""
+    *whole, rest = content.split(b"\n")
+    lines: list[tuple[str, str, str | None]] = []
+    for raw in whole:
+        stated, _, body = raw.decode(errors="replace").partition(" ")
+        lines.append((previous, stated, body if link(previous, body) == stated else None))
+        previous = stated
+    return lines, rest
+
+
+def walk(copies: Iterable[bytes]) -> list[tuple[str, str]]:
+    """The longest intact sequence of (link, JSON text) that the copies of one log hold together.
+
+    A flipped bit, a lost line or a cut in one copy is bridged by the other: any line follows the link before it.
+    """
+    follow: dict[str, tuple[str, str]] = {}
+    for content in copies:
+        for before, stated, body in parse(content)[0]:
+            if body is not None:
+                follow[before] = (stated, body)
+    found: list[tuple[str, str]] = []
+    at = START
+    while at in follow:
+        found.append(follow[at])
+        at = follow[at][0]
+    return found
+
+
+class LogReader:
+    """Follows a log that another process appends to, re-opened at every poll: whole, checked messages only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_damaged = 0
+        self._offset = 0
+        self._previous = START
+
+    def poll(self) -> Iterator[Message]:
+        """New messages since the last poll, in order. A damaged line is counted and passed over."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._offset)
+                content = file.read()
+        except FileNotFoundError:
+            return
+        lines, rest = parse(content, self._previous)
+        self._offset += len(content) - len(rest)
+        for _, self._previous, body in lines:
+            if body is None:
+                self.num_damaged += 1
+            else:
+                yield json.loads(body)
