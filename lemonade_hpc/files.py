@@ -24,9 +24,14 @@ STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, 
 """Errors of the file system, not of the program: the run pauses and can go on once they are gone."""
 
 
+def child_folder(child: int) -> Path:
+    """Where a child's attempts keep their files: `children/000/000123`, a thousand children a folder."""
+    return Path("children", f"{child // 1000:03d}", f"{child:06d}")
+
+
 def attempt_folder(child: int, attempt: str) -> Path:
-    """Where one attempt at a child keeps its files: `children/000/000123/e1a1`, a thousand children a folder."""
-    return Path("children", f"{child // 1000:03d}", f"{child:06d}", attempt)
+    """Where one attempt at a child keeps its files."""
+    return child_folder(child) / attempt
 
 
 def epoch_folder(epoch: int) -> Path:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +34,10 @@ class Backend(Protocol):
         """End a worker at once."""
 
     def step(self) -> None:
-        """Let inline workers work."""
+        """Let inline workers work, clean up after others."""
+
+    def close(self) -> None:
+        """Wait for workers that have said goodbye to be gone, end the rest."""
 
 
 class InlineBackend:
@@ -59,6 +63,9 @@ class InlineBackend:
         for name, one in list(self._workers.items()):
             if not one.step():
                 del self._workers[name]
+
+    def close(self) -> None:  # noqa: D102
+        self._workers.clear()
 
 
 class LocalBackend:
@@ -116,6 +123,16 @@ class LocalBackend:
             shutil.rmtree(self._run / files.WORKERS / name / "job", ignore_errors=True)
 
 
+    def close(self) -> None:  # noqa: D102
+        deadline = time.monotonic() + CLOSE_S
+        while self._jobs and time.monotonic() < deadline:
+            self.step()
+            time.sleep(worker.POLL_S)
+        for name in list(self._jobs):
+            self.kill(name)
+
+
+CLOSE_S = 2.0
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 

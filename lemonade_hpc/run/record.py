@@ -184,9 +184,9 @@ class History:
         elif kind == "committed":
             self._committed(event["outcome"])
         elif kind == "sealed":
-            self.sealed.append(event)
-            for number in range(event["children"][0], event["children"][1]):
-                del self.unsealed[number]
+            self.sealed = [one for one in self.sealed if one["children"] != event["children"]] + [event]
+            for number in range(*event["children"]):
+                self.unsealed.pop(number, None)
         elif kind == "complete":
             self.complete = event
         else:

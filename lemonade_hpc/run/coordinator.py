@@ -1,0 +1,432 @@
+"""The coordinator: one loop that asks for children, hands them to workers, commits outcomes, and can die at any instant.
+
+Decides: what is recorded before what is done. An event is durable before anyone else learns of it: children before
+they are assigned, outcomes before weights are deleted. Starting, recovering and resuming are one path: read the record,
+take the lease, adopt workers that live, go on. Knows nothing of torch; the algorithm is `search/evolution.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lemonade_hpc import files
+from lemonade_hpc.config import Config
+from lemonade_hpc.run import population, record
+from lemonade_hpc.run.backends import Backend
+from lemonade_hpc.run.log import LogReader, LogWriter, Message
+from lemonade_hpc.run.record import Attempt, Event, History, Journal
+from lemonade_hpc.search import evolution
+from lemonade_hpc.search import graph as graphs
+
+POLL_S = 0.02
+BEAT_S = 2.0
+ASSIGNED_AHEAD = 2
+"""Children a worker has at a time: one in training, the next one waiting."""
+STOP_S = 4.0
+"""How long workers may take to leave when they are stopped."""
+MAX_WORKER_LOSSES = 20
+"""Workers that may die under one child before it is given up: their deaths are not counted against it otherwise."""
+MISFORTUNES_PER_WORKER = 3
+"""Workers in a row that may end without any outcome, per worker wanted, before the run stops."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on: says why and what to do. Exit code 1."""
+
+
+class Stopped(RuntimeError):
+    """Stopped before complete; the same command goes on. Exit code 3."""
+
+
+class Observer(Protocol):
+    """Who is told how it goes: a progress bar, or lines in a log."""
+
+    def update(self, history: History, workers: dict[str, str]) -> None:
+        """After every commit, and now and then; `workers` says in words what each does."""
+
+    def note(self, text: str) -> None:
+        """Something a person should read."""
+
+
+@dataclass
+class Crew:
+    """One worker as the coordinator sees it."""
+
+    name: str
+    mailbox: LogWriter
+    reader: LogReader
+    tasks: dict[tuple[int, str], Message] = field(default_factory=dict)
+    doing: str = "starting"
+    started: set[tuple[int, str]] = field(default_factory=set)
+    said_bye: str | None = None
+
+
+class Coordinator:
+    """One coordinator's life on a run whose lease it holds."""
+
+    def __init__(
+        self, run: Path, config: Config, history: History, journal: Journal, backend: Backend, observer: Observer
+    ) -> None:
+        self.run, self.config, self.history = run, config, history
+        self.stop_signal: int | None = None
+        self._journal, self._backend, self._observer = journal, backend, observer
+        self._crews: dict[str, Crew] = {}
+        self._unwritten: list[Event] = []
+        self._arrived: dict[int, Message] = {}
+        self._num_named = self._misfortunes = 0
+        self._starved = False
+        self._beat_at = 0.0
+
+    def search(self) -> None:
+        """Run until the budget is spent; raises Stopped or RunFailed."""
+        self._tidy()
+        self._mend()
+        while not self.history.state.complete:
+            self._turn()
+            if self.stop_signal is not None:
+                raise Stopped(f"stopped by {signal.Signals(self.stop_signal).name}")
+            time.sleep(POLL_S)
+        self._complete()
+
+    def _turn(self) -> None:
+        """One pass over everything there is to do."""
+        self._check_lease()
+        for crew in list(self._crews.values()):
+            self._hear(crew)
+        committed = self._commit()
+        self._retire()
+        self._ask()
+        self._dispatch()
+        self._write()
+        self._backend.step()
+        self._delete(self.history.release())
+        self._seal()
+        if committed or time.monotonic() - self._beat_at > BEAT_S:
+            self._beat()
+
+    # ------------------------------------------------------------ record
+
+    def _record(self, event: Event) -> None:
+        self.history.apply(event)
+        self._unwritten.append(event)
+
+    def _write(self) -> None:
+        """Make all events so far durable."""
+        if self._unwritten:
+            self._journal.append(self._unwritten)
+            self._unwritten = []
+
+    def _check_lease(self) -> None:
+        newest = files.epochs(self.run)[-1]
+        if newest != self._journal.epoch:
+            raise Stopped(f"another coordinator has taken over this run (epoch {newest}); nothing was changed since")
+
+    def _beat(self) -> None:
+        self._beat_at = time.monotonic()
+        with open(self.run / files.heartbeat(self._journal.epoch), "ab") as file:
+            file.write(b".")
+        self._observer.update(self.history, {crew.name: crew.doing for crew in self._crews.values()})
+
+    # ------------------------------------------------------------ workers' reports
+
+    def _hear(self, crew: Crew, *, last_words: bool = False) -> None:
+        """Read a worker's reports; `last_words`: only what it says of children, not its troubles."""
+        for message in crew.reader.poll():
+            say = message["say"]
+            if say == "hello":
+                self._backend.adopt(crew.name, message)
+            elif say == "ready":
+                crew.doing = f"ready on {message['device']}"
+            elif say == "started":
+                crew.started.add((message["child"], message["attempt"]))
+                crew.doing = f"child {message['child']}"
+            elif say == "epoch":
+                crew.doing = f"child {message['child']}, epoch {message['epoch']}"
+            elif say == "outcome":
+                self._arrive(crew, message["outcome"])
+            elif say == "crashed":
+                self._lose(crew, (message["child"], message["attempt"]), "crash", message["reason"])
+            elif say == "storage" and not last_words:
+                raise Stopped(f"worker {crew.name} cannot write: {message['reason']}")
+            elif say == "unfit" and not last_words:
+                self._misfortune(f"worker {crew.name} cannot start training: {message['reason']}")
+            elif say == "bye":
+                crew.said_bye = message["reason"]
+        if crew.reader.num_damaged:
+            self._observer.note(f"worker {crew.name}: a damaged message in {crew.reader.path}; its children go elsewhere")
+            self._backend.kill(crew.name)
+            self._dismiss(crew)
+
+    def _arrive(self, crew: Crew, outcome: Message) -> None:
+        """An outcome: kept until it may be told; the first valid one of a child wins, any later one is ignored."""
+        number = outcome["child"]
+        crew.tasks.pop((number, outcome["attempt"]), None)
+        crew.doing = "idle"
+        child = self.history.state.in_flight.get(number)
+        if child is None or number in self._arrived or outcome["digest"] != child.digest:
+            return
+        if "weights" in outcome:
+            path = self.run / outcome["weights"]["path"]
+            if not path.exists() or path.stat().st_size != outcome["weights"]["bytes"]:
+                self._lose(crew, (number, outcome["attempt"]), "worker", f"{path} is missing or has the wrong size")
+                return
+        self._misfortunes = 0
+        self._arrived[number] = outcome
+
+    def _commit(self) -> bool:
+        """Tell the search what has arrived, in generational mode in the order of child numbers."""
+        committed = False
+        while self._arrived:
+            number = evolution.next_to_tell(self.history.state)
+            number = min(self._arrived) if number is None else number
+            if number not in self._arrived:
+                break
+            outcome = self._arrived.pop(number)
+            self._record({"event": "committed", "outcome": outcome})
+            if "failure" in outcome:
+                self._observer.note(f"child {number} failed: {outcome['failure']['kind']}: {outcome['failure']['reason']}")
+            committed, self._starved = True, False
+        state = self.history.state
+        if state.num_asks and not state.members and not state.in_flight:
+            reasons = "; ".join(f"child {o['child']}: {o['failure']['reason']}" for o in self.history.failures)
+            self._write()
+            raise RunFailed(f"no initial network is valid, so there is nothing to start from: {reasons}")
+        return committed
+
+    # ------------------------------------------------------------ losses
+
+    def _lose(self, crew: Crew, key: tuple[int, str], kind: str, reason: str) -> None:
+        """An attempt will not report. A child that has used up its budget for this kind of loss fails."""
+        number, attempt = key
+        crew.tasks.pop(key, None)
+        if number in self._arrived or not any(a.id == attempt and a.lost is None for a in self._attempts(number)):
+            return
+        self._record({"event": "lost", "child": number, "attempt": attempt, "kind": kind, "reason": reason})
+        lost = sum(one.lost == kind for one in self.history.attempts[number])
+        allowed = {"crash": self.config.cluster.retries, "worker": MAX_WORKER_LOSSES}.get(kind)
+        if allowed is not None and lost > allowed:
+            failure = {"kind": kind, "reason": f"{lost} attempts ended so; the last one: {reason}"}
+            digest = self.history.state.in_flight[number].digest
+            self._arrived[number] = {"child": number, "attempt": attempt, "digest": digest, "failure": failure}
+
+    def _retire(self) -> None:
+        """Take back the children of workers that have left or died."""
+        for crew in list(self._crews.values()):
+            if crew.said_bye is None and self._backend.alive(crew.name):
+                continue
+            self._hear(crew, last_words=crew.said_bye is not None)
+            if crew.name in self._crews:
+                if crew.said_bye is None:
+                    self._misfortune(f"worker {crew.name} died")
+                self._dismiss(crew)
+
+    def _dismiss(self, crew: Crew) -> None:
+        for key in list(crew.tasks):
+            started = key in crew.started and crew.said_bye is None
+            self._lose(crew, key, "worker" if started else "stopped", f"worker {crew.name} is gone")
+        crew.mailbox.close()
+        del self._crews[crew.name]
+
+    def _misfortune(self, reason: str) -> None:
+        """Count workers that end without an outcome in between; too many in a row end the run."""
+        self._misfortunes += 1
+        self._observer.note(reason)
+        if self._misfortunes > MISFORTUNES_PER_WORKER * self.config.cluster.workers:
+            self._write()
+            raise RunFailed(f"{self._misfortunes} workers in a row ended without training any child. The last: {reason}")
+
+    # ------------------------------------------------------------ children to workers
+
+    def _ask(self) -> None:
+        state = self.history.state
+        slots = self.config.cluster.workers * ASSIGNED_AHEAD - len(state.in_flight)
+        if self._starved or (slots <= 0 and state.num_asks):
+            return
+        after, children = evolution.ask(state, slots, self.history.seen.__contains__)
+        if after is state:
+            return
+        self._record(record.asked(state, after, slots, children))
+        if not children:
+            self._starved = True
+            if not state.in_flight:
+                self._write()
+                raise RunFailed(
+                    f"no new network was found within the limits ({after.redrawn}): widen objectives' max or min, "
+                    f"search.operators or search.max_edits"
+                )
+
+    def _dispatch(self) -> None:
+        """Assign what waits to workers with room; start workers while there is work for them."""
+        waiting = [n for n in sorted(self.history.state.in_flight) if n not in self._arrived and not self._running(n)]
+        self._man(len(waiting))
+        chosen: list[tuple[Crew, int, str]] = []
+        for number in waiting:
+            crew = min(self._crews.values(), key=lambda one: len(one.tasks), default=None)
+            if crew is None or len(crew.tasks) >= ASSIGNED_AHEAD:
+                break
+            attempt = f"e{self._journal.epoch}a{len(self.history.attempts[number]) + 1}"
+            crew.tasks[number, attempt] = self._task(number, attempt)
+            self._record({"event": "attempt", "child": number, "attempt": attempt, "worker": crew.name})
+            chosen.append((crew, number, attempt))
+        self._write()
+        for crew, number, attempt in chosen:
+            crew.mailbox.append([crew.tasks[number, attempt]])
+
+    def _running(self, number: int) -> Attempt | None:
+        """The attempt at a child that may still report."""
+        return next((one for one in self._attempts(number) if one.lost is None), None)
+
+    def _attempts(self, number: int) -> list[Attempt]:
+        return self.history.attempts.get(number, [])
+
+    def _man(self, waiting: int) -> None:
+        """Start workers up to the number wanted, as far as children wait."""
+        room = sum(ASSIGNED_AHEAD - len(crew.tasks) for crew in self._crews.values())
+        while len(self._crews) < self.config.cluster.workers and waiting > room:
+            name = f"e{self._journal.epoch}w{self._num_named:02d}"
+            self._num_named += 1
+            for path in (files.assigned_log(self._journal.epoch, name), files.done_log(name)):
+                (self.run / path).parent.mkdir(parents=True)
+                (self.run / path).touch()
+            self._join(name)
+            self._backend.launch(name)
+            room += ASSIGNED_AHEAD
+
+    def _join(self, name: str) -> Crew:
+        mailbox = LogWriter(self.run / files.assigned_log(self._journal.epoch, name))
+        self._crews[name] = Crew(name, mailbox, LogReader(self.run / files.done_log(name)))
+        return self._crews[name]
+
+    def _task(self, number: int, attempt: str) -> Message:
+        """What a worker must know to train a child."""
+        child, training = self.history.children[number], self.config.training
+        parent = None
+        if child.parent is not None:
+            weights = self.history.results[child.parent]["weights"]
+            parent = {"graph": graphs.to_json(self.history.children[child.parent].graph), "weights": weights}
+        return {
+            "do": "train",
+            "kind": "child",
+            "attempt": attempt,
+            "child": number,
+            "parent": parent,
+            "epochs": [0, training.initial_epochs if parent is None else training.epochs],
+            **{key: value for key, value in record.child_to_json(child).items() if key in ("graph", "edits", "digest")},
+        }
+
+    def adopt(self, names: list[str]) -> None:
+        """Take over the workers of earlier coordinators, living or dead.
+
+        What they have reported counts; the living get their children again, those of the dead go back to the pool.
+        """
+        for name in names:
+            self._join(name)
+        for number in sorted(self.history.state.in_flight):
+            attempt = self._running(number)
+            if attempt is not None:
+                crew = self._crews[attempt.worker]
+                crew.tasks[number, attempt.id] = self._task(number, attempt.id)
+                crew.mailbox.append([crew.tasks[number, attempt.id]])
+        for crew in list(self._crews.values()):
+            self._hear(crew, last_words=True)
+
+    # ------------------------------------------------------------ files
+
+    def _tidy(self) -> None:
+        """Remove what a killed coordinator or worker may have left behind."""
+        leftover = [
+            *(self.run / files.EPOCHS).glob(f"{files.TEMPORARY}*"),
+            *(self.run / files.STATE).glob(f"{files.TEMPORARY}*"),
+            *(self.run / files.WORKERS).glob("*/job"),
+        ]
+        for path in leftover:
+            if path.parent.name in self._crews:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        kept = self.history.results.keys() | self.history.state.in_flight.keys()
+        present = [int(path.name) for path in (self.run / "children").glob("*/*") if path.name.isdigit()]
+        self._delete([number for number in present if number not in kept])
+
+    def _delete(self, numbers: list[int]) -> None:
+        if self.config.storage.keep == "all" or not numbers:
+            return
+        self._check_lease()
+        for number in numbers:
+            shutil.rmtree(self.run / files.child_folder(number), ignore_errors=True)
+
+    def _seal(self) -> None:
+        """Write finished children to an immutable file, a thousand at a time."""
+        due = self.history.sealable(self.config.storage.seal_every)
+        if due is None:
+            return
+        rows = [self.history.unsealed[number] for number in range(*due)]
+        path = files.STATE / f"children-{due[0]:06d}-{due[1] - 1:06d}.e{self._journal.epoch}.h5"
+        self._record({"event": "sealed", "children": list(due), **self._store(path, rows)})
+        self._write()
+
+    def _mend(self) -> None:
+        """Write sealed files again that are damaged or gone, from the journals."""
+        for event in list(self.history.sealed):
+            reason = population.damage(self.run, event)
+            if reason is not None:
+                first, last = event["children"]
+                rows = population.from_journals(self.run, self.history.state.problem, first, last)
+                path = files.STATE / f"children-{first:06d}-{last - 1:06d}.e{self._journal.epoch}.h5"
+                self._record(event | self._store(path, rows))
+                self._observer.note(f"{reason}. It was rebuilt from the journals as {path}")
+        self._write()
+
+    def _store(self, path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Write a sealed file; its path and checksum for the record."""
+        content = population.encode(self.run, self.history.state.problem, rows)
+        (self.run / path).parent.mkdir(exist_ok=True)
+        files.write(self.run / path, content)
+        return {"file": str(path), "sha256": files.sha256(content)}
+
+    def _complete(self) -> None:
+        """Write the whole population to one file, and say so in the record."""
+        self._write()
+        self._check_lease()
+        rows = population.finished(self.run, self.history)
+        path = Path(f"population.e{self._journal.epoch}.h5")
+        for old in self.run.glob("population.e*.h5"):
+            old.unlink()
+        state = self.history.state
+        volume = evolution.hypervolume(state.problem, state.front.values)
+        stored = self._store(path, rows)
+        self._record({"event": "complete", "front": list(state.front.numbers), "hypervolume": volume, **stored})
+        self._write()
+        self._beat()
+
+    # ------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Stop all workers; commit what they still report, end those that do not leave in time.
+
+        What cannot be written any more (a full disk) is found again by the next coordinator.
+        """
+        for crew in self._crews.values():
+            with contextlib.suppress(OSError):
+                crew.mailbox.append([{"do": "stop"}])
+        deadline = time.monotonic() + STOP_S
+        while self._crews and time.monotonic() < deadline:
+            self._backend.step()
+            for crew in list(self._crews.values()):
+                self._hear(crew, last_words=True)
+                if crew.name in self._crews and (crew.said_bye is not None or not self._backend.alive(crew.name)):
+                    self._dismiss(crew)
+            time.sleep(POLL_S)
+        for crew in list(self._crews.values()):
+            self._backend.kill(crew.name)
+            self._dismiss(crew)
+        with contextlib.suppress(OSError, RunFailed):
+            self._commit()
+            self._write()
+        self._backend.close()
+        self._journal.close()

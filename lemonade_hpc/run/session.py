@@ -1,0 +1,147 @@
+"""One invocation of `search`: check everything, then start, continue or recover a run.
+
+Decides: what is refused before anything is written (data, configuration, another run's folder), and how signals end a
+session. The same call starts, recovers and resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lemonade_hpc import data as data_sets
+from lemonade_hpc import files
+from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
+from lemonade_hpc.run import owner, population, record
+from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
+from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
+from lemonade_hpc.run.log import LogReader
+from lemonade_hpc.run.record import History
+from lemonade_hpc.search import evolution
+from lemonade_hpc.search.evolution import Problem
+from lemonade_hpc.search.ops import Signature
+
+MAY_CHANGE = ("cluster", "storage", "search.children")
+"""Keys that may differ when a run goes on: its numbers stay comparable."""
+
+
+def search(config: Config, run: Path, observer: Observer, *, take_over: bool = False) -> History:
+    """Run a search until its budget is spent.
+
+    Raises ConfigError (the user's input, nothing was written), RunFailed or RecordError (exit code 1), Stopped (the same
+    call goes on).
+    """
+    data = data_sets.load(config.data)
+    config = resolve(config, data.shape)
+    try:
+        fixed = _prepare(config, data, run)
+        loaded = record.load(run, fixed)
+        for text in loaded.warnings:
+            observer.note(text)
+        history = loaded.history
+        done = history.complete
+        if history.state.complete and done is not None and population.damage(run, done) is None:
+            return history
+        names = sorted({*_living(run), *_owing(history)})
+        epoch, journal = record.open_epoch(run, config, loaded, names, take_over=take_over)
+        coordinator = Coordinator(run, config, history, journal, _backend(run, config), observer)
+        with _signals(coordinator):
+            try:
+                coordinator.adopt(names)
+                coordinator.search()
+            finally:
+                coordinator.close()
+    except OSError as error:
+        if error.errno not in files.STORAGE_ERRORS:
+            raise
+        raise Stopped(f"cannot write: {error}") from error
+    return history
+
+
+def _prepare(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
+    """Check configuration and folder against each other; write `run.json` where the run is new."""
+    if (run / files.RUN).exists():
+        content = record.read_identity(run)
+        _same(content, config, data, run)
+        if not os.access(run, os.W_OK):
+            raise ConfigError(f"{run}: no permission to write there")
+        return record.problem_of(run, content, config)
+    try:
+        fixed = evolution.problem(config, Signature(data.shape, data.num_classes), data.majority_error)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if run.exists() and (not run.is_dir() or any(not p.name.startswith(files.TEMPORARY) for p in run.iterdir())):
+        raise ConfigError(f"{run}: exists and is not a run folder (it has no {files.RUN}); give another --run")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        files.write_json(run / files.RUN, record.identity(config, data, fixed))
+    except PermissionError as error:
+        raise ConfigError(f"{run}: no permission to write there ({error})") from error
+    return fixed
+
+
+def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run: Path) -> None:
+    """Refuse to go on with other settings or other data than the run was started with."""
+    before, now = _flat(content["config"]), _flat(to_dict(config))
+    for key in sorted(before.keys() | now.keys()):
+        if not key.startswith(MAY_CHANGE) and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{run}: was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}. A run keeps its "
+                f"settings, so that its numbers stay comparable; only {', '.join(MAY_CHANGE)} may change. "
+                f"Give another --run folder for another search"
+            )
+    if content["data"]["checksum"] != data.checksum:
+        raise ConfigError(f"{run}: was started with other data than {config.data.name} gives now (checksum differs)")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping with dotted keys."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, item in items:
+        found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _backend(run: Path, config: Config) -> Backend:
+    return InlineBackend(run) if config.cluster.backend == "inline" else LocalBackend(run, config.cluster)
+
+
+def _living(run: Path) -> list[str]:
+    """Workers of earlier coordinators that still run on this machine."""
+    found = []
+    for path in sorted((run / files.WORKERS).glob("*/done.log")):
+        messages = list(LogReader(path).poll())
+        if messages and messages[-1]["say"] != "bye" and owner.judge(messages[0]) == "alive":
+            found.append(path.parent.name)
+    return found
+
+
+def _owing(history: History) -> list[str]:
+    """Workers that have not reported on a child yet."""
+    return [a.worker for attempts in history.attempts.values() for a in attempts if a.lost is None]
+
+
+@contextmanager
+def _signals(coordinator: Coordinator) -> Iterator[None]:
+    """The first signal ends the session in good order, the second at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if coordinator.stop_signal is not None:
+            os._exit(3)
+        coordinator.stop_signal = number
+
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {which: signal.signal(which, handle) for which in wanted}
+    try:
+        yield
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
