@@ -1,0 +1,1 @@
+"""Networks, weights and training: all that needs torch."""

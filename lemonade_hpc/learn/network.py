@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lemonade_hpc.search import ops
 from lemonade_hpc.search.graph import Graph, validate
@@ -27,7 +28,7 @@ class ConvexSum(nn.Module):
         self.lam = nn.Parameter(torch.zeros(()))
 
     def forward(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
-        """Same shape as the operands."""
+        """Mix two feature maps of one shape."""
         return torch.lerp(x_BCHW, y_BCHW, self.lam)
 
 
@@ -86,36 +87,42 @@ class Network(nn.Module):
         facts = validate(graph, signature)
         last_use = {source: node.id for node in graph.nodes for source in node.inputs}
         self.image = graph.nodes[0].id
-        self.steps: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        self.steps: list[tuple[str, int, tuple[int, ...], tuple[int, ...]]] = []
+        """In order of execution: a node's module name, its id, its inputs, and those that nobody reads after it."""
         for node in graph.nodes[1:]:
-            self.add_module(str(node.id), _BUILD[type(node.op)](node.op, facts[node.inputs[0]].shape, signature))
+            name = str(node.id)
+            self.add_module(name, _BUILD[type(node.op)](node.op, facts[node.inputs[0]].shape, signature))
             done = tuple(source for source in node.inputs if last_use[source] == node.id)
-            self.steps.append((node.id, node.inputs, done))
+            self.steps.append((name, node.id, node.inputs, done))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, K)."""
         known = {self.image: x_BCHW}
         modules = self._modules
         out = x_BCHW
-        for id_, inputs, done in self.steps:
-            out = cast(nn.Module, modules[str(id_)])(*[known[source] for source in inputs])
+        for name, id_, inputs, done in self.steps:
+            out = cast(nn.Module, modules[name])(*[known[source] for source in inputs])
             known[id_] = out
             for source in done:
                 del known[source]
         return out
 
     def inputs_of(self, x_BCHW: Tensor, wanted: Collection[int]) -> dict[int, Tensor]:
-        """What the wanted nodes (of one input each) read, for these images."""
-        known = {self.image: x_BCHW}
+        """For each wanted node (of one input), what it reads when the network sees these images."""
         found: dict[int, Tensor] = {}
-        for id_, inputs, _ in self.steps:
-            if id_ in wanted:
-                found[id_] = known[inputs[0]]
-            known[id_] = cast(nn.Module, self._modules[str(id_)])(*[known[source] for source in inputs])
+
+        def note(id_: int) -> RemovableHandle:
+            module = self.get_submodule(str(id_))
+            return module.register_forward_pre_hook(lambda _, inputs: found.update({id_: inputs[0]}))
+
+        hooks = [note(id_) for id_ in wanted]
+        self(x_BCHW)
+        for hook in hooks:
+            hook.remove()
         return found
 
     def weights(self) -> Weights:
-        """Copies of all weights, running statistics included, by "{id}.{param}"."""
+        """Copy all weights, running statistics included, by "{id}.{param}"."""
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
 
     def load_weights(self, weights: Weights) -> Network:
@@ -131,7 +138,7 @@ class Network(nn.Module):
 
 
 def build(graph: Graph, signature: Signature, weights: Weights) -> Network:
-    """The network of a graph with these weights, in their dtype and on their device, in evaluation mode."""
+    """Make the network of a graph with these weights, in their dtype and on their device, in evaluation mode."""
     some = next(iter(weights.values()))
     network = Network(graph, signature).to(device=some.device, dtype=some.dtype)
     return network.load_weights(weights).eval()

@@ -5,6 +5,8 @@ augmentation, done by the batch on uint8 images. Every random number comes from 
 epoch])`, so an epoch can be repeated alone. Shape suffixes: B batch, C channels, H height, W width, K classes.
 """
 
+# ruff: noqa: N815 (fields carry shape suffixes)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
@@ -26,7 +28,7 @@ from lemonade_hpc.learn.network import Network
 EVAL_BATCH = 1024
 
 
-class Diverged(RuntimeError):
+class Diverged(RuntimeError):  # noqa: N818
     """The loss or a weight is no longer finite: the child's own fault."""
 
 
@@ -49,7 +51,7 @@ class Images:
 
 
 def place(data: DataSet, part: Part, device: torch.device) -> Images:
-    """A part of the data on the device, normalised by the training part's statistics."""
+    """Move a part of the data to the device; it is normalised by the training part's statistics."""
     x = data.train.images
     mean = torch.tensor(x.mean(axis=(0, 2, 3), dtype=np.float64).astype(np.float32), device=device)
     std = torch.tensor(np.maximum(x.std(axis=(0, 2, 3), dtype=np.float64), 1.0).astype(np.float32), device=device)
@@ -68,7 +70,10 @@ class Batch:
 
 
 def augment(data: Images, index: np.ndarray, training: Training, rng: np.random.Generator) -> Batch:
-    """Pad-crop, flip, cutout and mixup of the images at `index`, in this order, one draw per image (mixup: per batch)."""
+    """Pad-crop, flip, cutout and mixup of the images at `index`, in this order.
+
+    Each image has its own draw; mixup has one share per batch, and a partner for each image.
+    """
     x = data.images
     count, (height, width), device = len(index), x.shape[2:], x.device
     at = torch.from_numpy(index).to(device)
@@ -91,15 +96,12 @@ def augment(data: Images, index: np.ndarray, training: Training, rng: np.random.
 
 
 def crop(images: Tensor, at: Tensor, pad: int, rng: np.random.Generator) -> Tensor:
-    """The images at `at`, padded with zeros and cropped to their size at a random place each."""
-    count, channels, (height, width) = len(at), images.shape[1], images.shape[2:]
+    """Take the images at `at`, padded with zeros and cropped to their size at a random place each."""
+    height, width = images.shape[2:]
     padded = F.pad(images[at], (pad, pad, pad, pad))
-    offsets = torch.from_numpy(rng.integers(0, 2 * pad + 1, size=(2, count))).to(images.device)
-    rows = (offsets[0][:, None] + torch.arange(height, device=images.device))[:, None, :, None]
-    columns = (offsets[1][:, None] + torch.arange(width, device=images.device))[:, None, None, :]
-    which = torch.arange(count, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[None, :, None, None]
-    return padded[which, channel, rows, columns]
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, top, left, H, W), a view
+    top, left = torch.from_numpy(rng.integers(0, 2 * pad + 1, size=(2, len(at)))).to(images.device)
+    return windows[torch.arange(len(at), device=images.device), :, top, left]
 
 
 def _squares(count: int, height: int, width: int, side: int, rng: np.random.Generator) -> Tensor:
@@ -152,11 +154,10 @@ def fit(
     `stream` seeds an epoch's draws together with its number; `only`: the nodes that are trained, all others frozen.
     Raises Diverged when the loss of an epoch is not finite.
     """
-    chosen = [p for name, p in network.named_parameters() if only is None or int(name.split(".")[0]) in only]
+    chosen = _thaw(network, only)
     momenta: list[Tensor | None] = [None] * len(chosen)
     count = len(data.labels)
     num_batches = -(-count // training.batch_size)
-    network.train()
     for epoch in range(epochs):
         rng = np.random.default_rng([*stream, epoch])
         total = torch.zeros((), device=data.images.device)
@@ -173,6 +174,16 @@ def fit(
         if progress is not None:
             progress(epoch + 1)
     network.eval()
+
+
+def _thaw(network: Network, only: Collection[int] | None) -> list[Tensor]:
+    """Put the nodes that are trained (None: all) in training mode, all others in evaluation mode; what to train."""
+    network.eval()
+    chosen: list[Tensor] = []
+    for name, module in network.named_children():
+        if only is None or int(name) in only:
+            chosen += module.train().parameters()
+    return chosen
 
 
 def _step(

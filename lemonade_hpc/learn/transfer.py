@@ -38,9 +38,10 @@ class Morphed:
 
 
 def fresh(fill: str, shape: Shape, generator: torch.Generator) -> Tensor:
-    """A new weight: zero, one, identity (a convolution that copies its input) or fan_in (normal, variance 2 / fan-in).
+    """Make a new weight: zero, one, identity (a convolution that copies its input), or fan_in.
 
-    Always drawn in float64 on the CPU, so that the numbers depend on nothing but the generator.
+    fan_in is a normal distribution of variance 2 / fan-in (He et al., 2015). Always drawn in float64 on the CPU, so
+    that the numbers depend on nothing but the generator.
     """
     if fill == "zero":
         return torch.zeros(shape, dtype=torch.float64)
@@ -67,7 +68,7 @@ def initial_weights(graph: Graph, signature: Signature, generator: torch.Generat
 
 
 def transfer(weights: Weights, plan: Plan, after: Anatomy, generator: torch.Generator) -> Weights:
-    """The child's weights by one plan, in the parent's dtype and device; raises TransferError.
+    """Make the child's weights by one plan, in the parent's dtype and device; raises TransferError.
 
     Inserted BatchNorms get mean 0 and variance 1 and the scale that makes them the identity; see `measure`.
     """
@@ -78,7 +79,10 @@ def transfer(weights: Weights, plan: Plan, after: Anatomy, generator: torch.Gene
             name = f"{node.id}.{param.name}"
             value = weights.get(name)
             for rule in plan.rules.get(name, ()):
-                value = _fresh_like(rule, like, generator) if isinstance(rule, Fresh) else _resize(name, value, rule, generator)
+                if isinstance(rule, Fresh):
+                    value = fresh(rule.fill, rule.shape, generator).to(like)
+                else:
+                    value = _resize(name, value, rule, generator)
             if value is None or tuple(value.shape) != param.shape:
                 given = None if value is None else tuple(value.shape)
                 raise TransferError(f"weight {name}: the plan gives {given}, the network needs {param.shape}")
@@ -89,10 +93,6 @@ def transfer(weights: Weights, plan: Plan, after: Anatomy, generator: torch.Gene
         for id_ in plan.measure:
             child[f"{id_}.weight"].fill_(sqrt(1 + BN_EPS))
     return child
-
-
-def _fresh_like(rule: Fresh, like: Tensor, generator: torch.Generator) -> Tensor:
-    return fresh(rule.fill, rule.shape, generator).to(like)
 
 
 def _resize(name: str, value: Tensor | None, rule: Resize, generator: torch.Generator) -> Tensor:
@@ -118,10 +118,10 @@ def resolve(
     """
     kept = {}
     for select in selects:
-        norms = sum(weights[name].double().abs().flatten(1).sum(dim=1).cpu() for name in select.writers)
-        assert isinstance(norms, Tensor)
+        each = [weights[name].cpu().double().abs().flatten(1).sum(dim=1) for name in select.writers]
+        norms = torch.stack(each).sum(dim=0)
         if prune_by == "random":
-            norms = torch.rand(norms.shape, generator=generator)
+            norms = torch.rand(len(norms), generator=generator)
         order = torch.argsort(norms, descending=True, stable=True)[: select.count]
         kept[select.group] = tuple(sorted(order.tolist()))
     return kept
