@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 DATA_SETS = ("digits", "mnist5k", "cifar10", "cifar100", "npz", "module:function")
 CHEAP_OBJECTIVES = ("params", "macs")
 EXPENSIVE_OBJECTIVES = ("val_error",)
-OPERATORS = ("insert", "widen", "skip", "remove", "prune", "separable")
+Operator = Literal["insert", "widen", "skip", "remove", "prune", "separable"]
+OPERATORS: tuple[Operator, ...] = get_args(Operator)
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -71,7 +72,7 @@ class Search(_Section):
     proposals: Positive = Field(200, description="candidates drawn per ask (the paper's n_pc)")
     accepted: Positive = Field(50, description="children per generation (the paper's n_ac)")
     children: Count = Field(5000, description="budget: distinct children asked after the initial networks")
-    operators: tuple[Literal["insert", "widen", "skip", "remove", "prune", "separable"], ...] = OPERATORS
+    operators: tuple[Operator, ...] = Field(OPERATORS, description="those that children may be made by")
     max_edits: Positive = Field(3, description="operators applied per child, uniform in 1..max_edits")
     sampling: Literal["density", "uniform"] = Field(
         "density", description="both stages: inverse density, or uniform (ablation)"
@@ -95,12 +96,12 @@ class Search(_Section):
 class Training(_Section):
     """How a child is trained (paper, appendix on the training pipeline). None: the default follows the data set."""
 
-    epochs: Positive | None = None
-    initial_epochs: Positive | None = None
+    epochs: Positive | None = Field(None, description="of a child")
+    initial_epochs: Positive | None = Field(None, description="of a network without a parent")
     distill_epochs: Count | None = Field(None, description="epochs of distillation after an approximate operator")
-    distill_temperature: Annotated[float, Field(gt=0)] = 3.0
+    distill_temperature: Annotated[float, Field(gt=0)] = Field(3.0, description="softens the parent's answers")
     batch_size: Positive = 64
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="initial rate of SGD; cosine to 0")
     initial_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="for networks without a parent")
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
@@ -118,10 +119,10 @@ class Cluster(_Section):
     """Where workers run. `local`: processes on this machine; `inline`: inside this process (tests, debugging)."""
 
     backend: Literal["local", "inline"] = "local"
-    workers: Positive = 2
-    cpus_per_worker: Positive = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    idle_exit_min: Annotated[float, Field(gt=0)] = 10.0
+    workers: Positive = Field(2, description="trained at the same time")
+    cpus_per_worker: Positive = Field(1, description="threads of a worker; small networks do best with 1")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    idle_exit_min: Annotated[float, Field(gt=0)] = Field(10.0, description="a worker without work leaves after this")
     child_timeout_min: Annotated[float, Field(gt=0)] = Field(240.0, description="a child that takes longer fails")
     retries: Count = Field(2, description="further attempts after a worker or trainer process died")
 
@@ -239,9 +240,39 @@ def _section(where: list[Any]) -> type[BaseModel]:
     for part in where:
         if isinstance(part, int):
             continue
-        annotation = model.model_fields[str(part)].annotation
-        model = Objective if part == "objectives" else annotation  # type: ignore[assignment]
+        annotation: Any = model.model_fields[str(part)].annotation
+        if part == "objectives":
+            annotation = Objective
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
     return model
+
+
+def template() -> str:
+    """A commented YAML file with every key: what `init` writes. Keys that are not set take the default shown."""
+    lines = ["# One search. Only `data` is required; every other line shows its default.", ""]
+    for name, field in Config.model_fields.items():
+        section = _section([name])
+        if section is Config:
+            lines.append(f"{name}: {field.default}")
+        elif name == "objectives":
+            lines += ["# Minimised; cheap ones (params, macs) take hard limits `max` and `min`.", "objectives:"]
+            lines += ["  - {name: val_error}", "  - {name: params}    # max: 2.0e6"]
+        else:
+            lines += [f"# {(section.__doc__ or '').strip()}", f"{name}:"]
+            lines += [_template_line(key, item) for key, item in section.model_fields.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _template_line(key: str, field: Any) -> str:
+    """One key of a section; commented out where its default is found later."""
+    if field.is_required():
+        return f"  {key}: digits    # {field.description}"
+    default = field.default
+    value = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+    value = value.removesuffix("\n").removesuffix("...").strip()
+    note = f"    # {field.description}" if field.description else ""
+    return f"  # {key}:{note}" if default is None else f"  {key}: {value}{note}"
 
 
 def resolve(config: Config, shape: tuple[int, int, int]) -> Config:

@@ -31,15 +31,20 @@ def encode(run: Path, fixed: Problem, rows: list[Row]) -> bytes:
 
 def finished(run: Path, history: History) -> list[Row]:
     """Every finished child, by number. Raises StoreError for a damaged sealed file."""
-    rows = [row for event in history.sealed for row in store.read(run / event["file"], event["sha256"]).children]
+    rows = [row for event in history.sealed for row in read(run, event)]
     rows += [row for row in history.unsealed.values() if "outcome" in row]
     return sorted(rows, key=lambda row: row["number"])
+
+
+def read(run: Path, event: Event) -> list[Row]:
+    """The children in the file that an event names by `file` and `sha256`. Raises StoreError."""
+    return store.read(run / event["file"], event["sha256"]).children
 
 
 def damage(run: Path, event: Event) -> str | None:
     """What is wrong with the file that an event names by `file` and `sha256`; None if nothing."""
     try:
-        store.read(run / event["file"], event["sha256"])
+        read(run, event)
     except store.StoreError as error:
         return str(error)
     return None

@@ -167,6 +167,8 @@ class History:
         self.failures: list[dict[str, Any]] = []
         """Outcomes of failed children."""
         self.num_lost = {"crash": 0, "worker": 0, "stopped": 0}
+        self.wall_s = 0.0
+        """Seconds that committed attempts took."""
         self.num_records = 0
         self.initial_front: Any = None
         """Objective values of the front of the initial networks, once all have reported."""
@@ -213,6 +215,7 @@ class History:
         number = outcome["child"]
         self.state = evolution.tell(self.state, outcome_of(self.state.problem, outcome))
         self.attempts.pop(number)
+        self.wall_s += outcome.get("wall_s", 0.0)
         self.unsealed[number]["outcome"] = outcome
         if "failure" in outcome:
             self.failures.append(outcome)
@@ -255,16 +258,15 @@ class Loaded:
 def load(run: Path, fixed: Problem, upto: list[Event] | None = None) -> Loaded:
     """Read all epochs' journals; raises RecordError for what both copies of a journal have lost.
 
-    `upto`, if given, receives every event in effect, in order.
+    `upto`, if given, receives every event in effect, in order, the beginnings of epochs among them.
     """
     history, warnings, mended = History(fixed), list[str](), dict[Path, bytes]()
     number, link = 0, ""
     for number, lines in _effective(run, warnings, mended):
         for link, body in lines:
             event = json.loads(body)
-            if event["event"] == "epoch":
-                continue
-            history.apply(event)
+            if event["event"] != "epoch":
+                history.apply(event)
             if upto is not None:
                 upto.append(event)
     return Loaded(history, number, link, tuple(warnings), mended)
@@ -341,7 +343,8 @@ def open_epoch(
     aside = run / files.EPOCHS / f"{files.TEMPORARY}{uuid.uuid4().hex}"
     aside.mkdir(parents=True)
     before = {"epoch": loaded.epoch, "records": loaded.history.num_records, "link": loaded.link}
-    header = {"event": "epoch", "epoch": number, "continues": before if loaded.epoch else None}
+    continues = before if loaded.epoch else None
+    header = {"event": "epoch", "epoch": number, "continues": continues, "children": config.search.children}
     try:
         who = {"owner": owner.identity(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": __version__}
         files.write_json(aside / "owner.json", who | {"config": to_dict(config)})

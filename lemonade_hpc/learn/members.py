@@ -1,0 +1,91 @@
+"""Trained members of a front as torch modules, and their test error.
+
+Decides: the form of a stored network: a safetensors file whose metadata hold graph, signature and normalisation, so that
+it needs nothing else to be used. `evaluate` is the only code that reads the test images.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lemonade_hpc import config as configs
+from lemonade_hpc import data as data_sets
+from lemonade_hpc import files
+from lemonade_hpc.learn.network import Network, build
+from lemonade_hpc.learn.training import Images, error, place
+from lemonade_hpc.search import graph as graphs
+from lemonade_hpc.search.graph import Graph
+from lemonade_hpc.search.ops import Signature
+
+NAME = "weights.safetensors"
+
+
+class Member(nn.Module):
+    """A trained network with its normalisation: images (B, C, H, W) with values 0 to 255 in, logits (B, K) out."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Network, graph: Graph, mean_1C11: Tensor, std_1C11: Tensor) -> None:
+        super().__init__()
+        self.network, self.graph = network, graph
+        self.register_buffer("mean", mean_1C11)
+        self.register_buffer("std", std_1C11)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        logits_BK: Tensor = self.network((x_BCHW.float() - self.mean) / self.std)
+        return logits_BK
+
+
+def encode(network: Network, graph: Graph, signature: Signature, data: Images) -> bytes:
+    """The bytes of a stored network."""
+    metadata = {
+        "graph": json.dumps(graphs.to_json(graph)),
+        "image": json.dumps(signature.image),
+        "num_classes": json.dumps(signature.num_classes),
+        "mean": json.dumps(data.mean_1C11.flatten().tolist()),
+        "std": json.dumps(data.std_1C11.flatten().tolist()),
+    }
+    return save({name: value.cpu().contiguous() for name, value in network.weights().items()}, metadata)
+
+
+def load(path: str | Path) -> Member:
+    """A stored network, ready to use, in evaluation mode; `path` as `front --json` gives it, inside the run folder."""
+    with safe_open(path, framework="pt") as file:
+        about = {key: json.loads(value) for key, value in file.metadata().items()}
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    graph = graphs.from_json(about["graph"])
+    network = build(graph, Signature(tuple(about["image"]), about["num_classes"]), weights)
+    mean, std = (torch.tensor(about[name])[None, :, None, None] for name in ("mean", "std"))
+    return Member(network, graph, mean, std).eval()
+
+
+def evaluate(run: Path, paths: list[str]) -> list[float]:
+    """Test error of stored networks of a run, as a share of the test images. Raises ConfigError for other data."""
+    identity = json.loads((run / files.RUN).read_text())
+    data = data_sets.load(configs.from_dict(identity["config"], str(run / files.RUN)).data)
+    if data.checksum != identity["data"]["checksum"]:
+        raise configs.ConfigError(f"data {data.name}: not the data this run was started with (checksum differs)")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    test = place(data, data.test, device)
+    return [error(load(run / path).network.to(device), test) for path in paths]
+
+
+def main(arguments: list[str]) -> None:
+    """`members RUN PATH ...`: one JSON list of test errors on standard output."""
+    torch.set_num_threads(1)
+    errors: list[Any] = evaluate(Path(arguments[0]), arguments[1:])
+    print(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

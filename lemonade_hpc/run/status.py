@@ -1,0 +1,145 @@
+"""What can be said of a run by reading it: its front, its children, its workers, its failures.
+
+Decides: the content of `front --json` and `status --json`. Reads only; needs no lease and disturbs nobody.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lemonade_hpc import files
+from lemonade_hpc.config import from_dict
+from lemonade_hpc.run import owner, population, record
+from lemonade_hpc.run.log import LogReader
+from lemonade_hpc.run.record import History, Loaded
+from lemonade_hpc.search import evolution, morphisms
+from lemonade_hpc.search import graph as graphs
+from lemonade_hpc.search.evolution import Problem
+
+NUM_FAILURES = 10
+
+
+def read(run: Path) -> tuple[dict[str, Any], Problem, Loaded]:
+    """A run's identity, its problem with the newest settings, and its record. Raises ConfigError or RecordError."""
+    content = record.read_identity(run)
+    numbers = files.epochs(run)
+    config = None
+    if numbers:
+        path = run / files.owner(numbers[-1])
+        config = from_dict(json.loads(path.read_text())["config"], str(path))
+    fixed = record.problem_of(run, content, config)
+    return content, fixed, record.load(run, fixed)
+
+
+def front(history: History) -> list[dict[str, Any]]:
+    """The members of the front, ordered by the first cheap objective."""
+    fixed = history.state.problem
+    names = [objective.name for objective in fixed.config.objectives]
+    members = []
+    for number, values in zip(history.state.front.numbers, history.state.front.values.tolist(), strict=True):
+        child, outcome = history.children[number], history.results[number]
+        members.append(
+            {
+                "id": number,
+                "digest": child.digest,
+                "parent": child.parent,
+                "edits": morphisms.to_json(child.edits),
+                "generation": child.generation,
+                "depth": child.depth,
+                "objectives": dict(zip(names, values, strict=True)),
+                "receipt": outcome["receipt"],
+                "weights": outcome["weights"],
+                "network": graphs.describe(child.graph),
+            }
+        )
+    return sorted(members, key=lambda member: (member["objectives"][fixed.cheap[0]], member["id"]))
+
+
+def status(run: Path) -> dict[str, Any]:
+    """Everything `status` shows."""
+    content, fixed, loaded = read(run)
+    history = loaded.history
+    state = history.state
+    attempts = [a for given in history.attempts.values() for a in given if a.lost is None]
+    return {
+        "run": content["run"],
+        "state": _life(run, history),
+        "warnings": list(loaded.warnings),
+        "children": {
+            "budget": fixed.config.search.children,
+            "asked": state.num_asked,
+            "initial": state.num_initial,
+            "committed": state.num_committed,
+            "failed": state.num_failed,
+            "in_flight": len(state.in_flight),
+        },
+        "proposals_redrawn": vars(state.redrawn),
+        "attempts_lost": dict(history.num_lost),
+        "training_s": round(history.wall_s, 1),
+        "hypervolume": hypervolumes(history),
+        "front": front(history),
+        "workers": [_worker(run, name) for name in sorted({attempt.worker for attempt in attempts})],
+        "failures": [
+            {"child": o["child"], **o["failure"]} for o in history.failures[-NUM_FAILURES:]
+        ],
+    }
+
+
+def children(history: History, run: Path) -> list[dict[str, Any]]:
+    """Every valid child's number, objectives, and whether it is initial or on the front: what a figure shows."""
+    fixed = history.state.problem
+    names = [objective.name for objective in fixed.config.objectives]
+    on_front = set(history.state.front.numbers)
+    found = []
+    for row in population.finished(run, history):
+        outcome = record.outcome_of(fixed, row["outcome"])
+        if outcome.failure is None:
+            values = evolution.vector(fixed, tuple(row["cheap"]), outcome.expensive)
+            number = row["number"]
+            kind = {"initial": row["parent"] is None, "front": number in on_front}
+            found.append({"id": number, "objectives": dict(zip(names, values, strict=True)), **kind})
+    return found
+
+
+def hypervolumes(history: History) -> dict[str, float | None]:
+    """Of the front, and of the initial networks' front once all of those have reported."""
+    fixed, initial = history.state.problem, history.initial_front
+    return {
+        "front": evolution.hypervolume(fixed, history.state.front.values),
+        "initial": None if initial is None else evolution.hypervolume(fixed, initial),
+    }
+
+
+def _life(run: Path, history: History) -> str:
+    """`complete`, `running (by whom)`, or `stopped`."""
+    numbers = files.epochs(run)
+    if history.state.complete and history.complete is not None:
+        return "complete"
+    if not numbers:
+        return "not started"
+    who = json.loads((run / files.owner(numbers[-1])).read_text())["owner"]
+    verdict = owner.judge(who)
+    if verdict == "alive":
+        return f"running: {owner.describe(who)}"
+    return "stopped" if verdict == "gone" else f"unknown: last held by {owner.describe(who)}"
+
+
+def _worker(run: Path, name: str) -> dict[str, Any]:
+    """A worker's last words."""
+    doing, host, device = "starting", None, None
+    for message in LogReader(run / files.done_log(name)).poll():
+        if message["say"] == "hello":
+            host = message["host"]
+        elif message["say"] == "ready":
+            device = message["device"]
+        elif message["say"] == "started":
+            doing = f"child {message['child']}"
+        elif message["say"] == "epoch":
+            doing = f"child {message['child']}, epoch {message['epoch']}"
+        elif message["say"] in ("outcome", "crashed"):
+            doing = "idle"
+        elif message["say"] == "bye":
+            doing = f"left: {message['reason']}"
+    return {"name": name, "host": host, "device": device, "doing": doing}

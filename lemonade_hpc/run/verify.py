@@ -1,0 +1,107 @@
+"""Read a whole run back and check it: every checksum, every decision, every derived number.
+
+Decides: what a sound run is. Reads only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from lemonade_hpc import files
+from lemonade_hpc.run import population, record, status
+from lemonade_hpc.run.coordinator import MAX_WORKER_LOSSES
+from lemonade_hpc.run.record import Event, History
+from lemonade_hpc.search import evolution
+from lemonade_hpc.search.evolution import Problem
+
+
+def verify(run: Path) -> list[tuple[str, list[str]]]:
+    """Each check's name and what it found wrong. Raises ConfigError or RecordError where nothing can be read."""
+    events: list[Event] = []
+    _, fixed, loaded = status.read(run)
+    record.load(run, fixed, events)
+    history = loaded.history
+    return [
+        ("journals intact in both copies", list(loaded.warnings)),
+        ("every decision repeats", list(_decisions(fixed, events))),
+        ("every child has at most one outcome", list(_outcomes(events))),
+        ("attempts within their budgets", list(_attempts(fixed, events))),
+        ("sealed files match the journals", list(_sealed(run, fixed, history))),
+        ("weights of the front match their checksums", list(_weights(run, history))),
+        ("front and hypervolume recompute", list(_front(history, events))),
+    ]
+
+
+def _decisions(fixed: Problem, events: list[Event]) -> Iterator[str]:
+    """Ask again, with the same state, and compare with what was asked."""
+    history = History(fixed)
+    for event in events:
+        if event["event"] == "epoch":
+            search = fixed.config.search.model_copy(update={"children": event["children"]})
+            config = fixed.config.model_copy(update={"search": search})
+            history.state = replace(history.state, problem=replace(fixed, config=config))
+            continue
+        if event["event"] == "asked":
+            after, children = evolution.ask(history.state, event["n"], history.seen.__contains__)
+            if record.asked(history.state, after, event["n"], children) != event:
+                yield f"ask {event['ask']} now gives other children than {[c['number'] for c in event['children']]}"
+        history.apply(event)
+
+
+def _outcomes(events: list[Event]) -> Iterator[str]:
+    counts = Counter(event["outcome"]["child"] for event in events if event["event"] == "committed")
+    for child, count in counts.items():
+        if count > 1:
+            yield f"child {child} has {count} outcomes"
+
+
+def _attempts(fixed: Problem, events: list[Event]) -> Iterator[str]:
+    allowed = {"crash": 1 + fixed.config.cluster.retries, "worker": 1 + MAX_WORKER_LOSSES}
+    lost = Counter((event["child"], event["kind"]) for event in events if event["event"] == "lost")
+    for (child, kind), count in lost.items():
+        if kind in allowed and count > allowed[kind]:
+            yield f"child {child} lost {count} attempts to {kind}; allowed are {allowed[kind]}"
+
+
+def _sealed(run: Path, fixed: Problem, history: History) -> Iterator[str]:
+    named = [*history.sealed, *([history.complete] if history.complete else [])]
+    for event in named:
+        reason = population.damage(run, event)
+        if reason is not None:
+            yield reason
+            continue
+        first, last = event.get("children", (0, history.state.num_committed))
+        if population.read(run, event) != population.from_journals(run, fixed, first, last):
+            yield f"{run / event['file']}: differs from the journals"
+
+
+def _weights(run: Path, history: History) -> Iterator[str]:
+    for number in history.state.front.numbers:
+        weights = history.results[number]["weights"]
+        path = run / weights["path"]
+        if not path.exists():
+            yield f"{path}: missing"
+        elif files.sha256(path.read_bytes()) != weights["sha256"]:
+            yield f"{path}: its SHA-256 is not the one in the record"
+
+
+def _front(history: History, events: list[Event]) -> Iterator[str]:
+    """The front is non-dominated, and dominates or equals every valid child; the run's last word agrees with it."""
+    fixed, front = history.state.problem, history.state.front
+    cheap = {c["number"]: tuple(c["cheap"]) for e in events if e["event"] == "asked" for c in e["children"]}
+    told = [record.outcome_of(fixed, event["outcome"]) for event in events if event["event"] == "committed"]
+    vectors = {o.number: evolution.vector(fixed, cheap[o.number], o.expensive) for o in told if o.failure is None}
+    for number, vector in vectors.items():
+        better = (front.values <= vector).all(axis=1)
+        rivals = [n for n, covers in zip(front.numbers, better, strict=True) if covers and n != number]
+        if number in front.numbers and rivals:
+            yield f"child {number} is on the front, though {rivals} are no worse"
+        if number not in front.numbers and not rivals:
+            yield f"child {number} is not on the front, though nobody there is as good"
+    if history.complete is not None:
+        volume = evolution.hypervolume(fixed, front.values)
+        if [list(front.numbers), volume] != [history.complete["front"], history.complete["hypervolume"]]:
+            yield f"front {list(front.numbers)} with hypervolume {volume}, recorded {history.complete}"
