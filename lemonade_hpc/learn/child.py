@@ -21,13 +21,13 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, from_dict
-from lemonade_hpc.learn import transfer
+from lemonade_hpc.learn import members, transfer
 from lemonade_hpc.learn.network import Network, Weights, build
 from lemonade_hpc.learn.training import Diverged, Images, distillation, error, fit, place
 from lemonade_hpc.learn.transfer import Morphed
@@ -234,7 +234,7 @@ def _distil(lab: Lab, number: int, teacher: Network, network: Network, morphed: 
 
 def _store(lab: Lab, task: dict[str, Any], network: Network) -> dict[str, Any]:
     """Save the weights durably; their path in the run folder, checksum and size in bytes."""
-    content = save({name: value.cpu().contiguous() for name, value in network.weights().items()})
+    content = members.encode(network, graphs.from_json(task["graph"]), lab.signature, lab.train)
     path = files.attempt_folder(task["child"], task["attempt"]) / "weights.safetensors"
     (lab.run / path).parent.mkdir(parents=True, exist_ok=True)
     files.write(lab.run / path, content)

@@ -25,7 +25,7 @@ from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search.graph import Graph
 from lemonade_hpc.search.ops import Signature
 
-NAME = "weights.safetensors"
+KEY = "lemonade_hpc"
 
 
 class Member(nn.Module):
@@ -48,20 +48,21 @@ class Member(nn.Module):
 
 def encode(network: Network, graph: Graph, signature: Signature, data: Images) -> bytes:
     """The bytes of a stored network."""
-    metadata = {
-        "graph": json.dumps(graphs.to_json(graph)),
-        "image": json.dumps(signature.image),
-        "num_classes": json.dumps(signature.num_classes),
-        "mean": json.dumps(data.mean_1C11.flatten().tolist()),
-        "std": json.dumps(data.std_1C11.flatten().tolist()),
+    about = {
+        "graph": graphs.to_json(graph),
+        "image": signature.image,
+        "num_classes": signature.num_classes,
+        "mean": data.mean_1C11.flatten().tolist(),
+        "std": data.std_1C11.flatten().tolist(),
     }
-    return save({name: value.cpu().contiguous() for name, value in network.weights().items()}, metadata)
+    # One key: safetensors writes several in any order, and equal networks must give equal bytes.
+    return save({name: value.cpu().contiguous() for name, value in network.weights().items()}, {KEY: files.dumps(about)})
 
 
 def load(path: str | Path) -> Member:
     """A stored network, ready to use, in evaluation mode; `path` as `front --json` gives it, inside the run folder."""
     with safe_open(path, framework="pt") as file:
-        about = {key: json.loads(value) for key, value in file.metadata().items()}
+        about = json.loads(file.metadata()[KEY])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     graph = graphs.from_json(about["graph"])
     network = build(graph, Signature(tuple(about["image"]), about["num_classes"]), weights)

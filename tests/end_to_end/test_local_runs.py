@@ -1,0 +1,151 @@
+"""Runs of the real command on the local backend, undisturbed and killed: design.md sections 5 and 6."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import harness
+import pytest
+
+
+def test_complete_run(undisturbed: Path) -> None:
+    harness.assert_sound(undisturbed)
+    found = harness.status(undisturbed)
+    assert found["state"] == "complete"
+    assert found["children"]["committed"] == 12 + found["children"]["initial"]
+    assert (undisturbed / "front.png").stat().st_size > 10_000
+    assert not list(undisturbed.rglob("*.pkl"))
+    harness.assert_gone(undisturbed)
+
+
+def test_complete_run_again_changes_nothing(undisturbed: Path) -> None:
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file() and path.suffix != ".png"}
+    code, out, _ = harness.search(undisturbed.parent / "config.yaml", undisturbed)
+    assert code == 0 and "Pareto front" in out
+    after = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file() and path.suffix != ".png"}
+    assert after == before
+
+
+def test_inline_backend_gives_the_same_front(undisturbed: Path, tmp_path: Path) -> None:
+    config = harness.write_config(tmp_path, cluster={"backend": "inline"})
+    code, _, err = harness.search(config, tmp_path / "run")
+    assert code == 0, err
+    assert harness.front(tmp_path / "run") == harness.front(undisturbed)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kill_coordinator(undisturbed: Path, tmp_path: Path, seed: int) -> None:
+    """kill -9 at random moments, each followed by the same command."""
+    rng, run = random.Random(seed), tmp_path / "run"
+    config = harness.write_config(tmp_path)
+    for _ in range(3):
+        process = harness.start(config, run)
+        target = harness.num_committed(run) + rng.randint(0, 4)
+        harness.wait_for(lambda: harness.num_committed(run) >= target or process.poll() is not None, f"{target} outcomes")
+        time.sleep(rng.random() * 0.3)
+        harness.kill(process.pid)
+        harness.finish(process)
+        if (run / "epochs").exists():
+            harness.assert_sound(run)
+    code, _, err = harness.search(config, run)
+    assert code == 0, err
+    harness.assert_sound(run)
+    assert harness.front(run) == harness.front(undisturbed)
+    harness.assert_gone(run)
+
+
+@pytest.mark.parametrize("kind", ["supervisor", "trainer"])
+def test_kill_worker(undisturbed: Path, tmp_path: Path, kind: str) -> None:
+    """kill -9 of a supervisor or a trainer: the run goes on by itself and ends as if nothing had been."""
+    rng, run = random.Random(5), tmp_path / "run"
+    process = harness.start(harness.write_config(tmp_path), run)
+    for target in (2, 8):
+        harness.wait_for(lambda target=target: harness.num_committed(run) >= target, f"{target} outcomes")
+        harness.wait_for(lambda: harness.hurt(run, kind, rng), f"a {kind} to kill")
+    code, _, err = harness.finish(process)
+    assert code == 0, err
+    harness.assert_sound(run)
+    assert harness.front(run) == harness.front(undisturbed)
+    lost = harness.status(run)["attempts_lost"]
+    assert lost["worker" if kind == "supervisor" else "crash"] >= 1
+    harness.assert_gone(run)
+
+
+def test_ctrl_c_and_on(undisturbed: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole process group; it ends within 5 s with code 3, and the same command goes on."""
+    run, config = tmp_path / "run", harness.write_config(tmp_path)
+    process = harness.start(config, run)
+    harness.wait_for(lambda: harness.num_committed(run) >= 5, "5 outcomes")
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = harness.finish(process)
+    assert code == 3, err
+    assert time.monotonic() - began < 6.0
+    assert "To go on: lemonade-hpc search" in err
+    harness.assert_gone(run, 1.0)
+    harness.assert_sound(run)
+    assert harness.status(run)["state"] == "stopped"
+    assert harness.search(config, run)[0] == 0
+    assert harness.front(run) == harness.front(undisturbed)
+
+
+def test_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = harness.start(harness.write_config(tmp_path), run)
+    harness.wait_for(lambda: harness.num_committed(run) >= 1, "an outcome")
+    for worker in harness.pids(run, "supervisor"):
+        harness.kill(worker, signal.SIGSTOP)  # workers that do not answer, so that the first Ctrl-C takes its time
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    assert harness.finish(process)[0] == 3
+    assert time.monotonic() - began < 1.0
+    for worker in harness.pids(run, "supervisor"):
+        harness.kill(worker, signal.SIGCONT)
+    harness.assert_gone(run)
+
+
+def test_second_coordinator_is_told_who_holds_the_run(tmp_path: Path) -> None:
+    run, config = tmp_path / "run", harness.write_config(tmp_path)
+    process = harness.start(config, run)
+    harness.wait_for(lambda: harness.num_committed(run) >= 1, "an outcome")
+    code, _, err = harness.search(config, run)
+    assert code == 2
+    assert f"held by process {process.pid}" in err
+    os.killpg(process.pid, signal.SIGINT)
+    assert harness.finish(process)[0] == 3
+
+
+def test_paused_coordinator_that_wakes_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    """SIGSTOP, a take-over that completes, SIGCONT: the sleeper finds itself superseded and leaves."""
+    run, config = tmp_path / "run", harness.write_config(tmp_path)
+    sleeper = harness.start(config, run)
+    harness.wait_for(lambda: harness.num_committed(run) >= 4, "4 outcomes")
+    harness.kill(sleeper.pid, signal.SIGSTOP)
+    code, _, err = harness.search(config, run, "--take-over")
+    assert code == 0, err
+    before = harness.front(run)
+    harness.kill(sleeper.pid, signal.SIGCONT)
+    code, _, err = harness.finish(sleeper)
+    assert code == 3 and "taken over" in err
+    harness.assert_sound(run)
+    assert harness.front(run) == before == harness.front(undisturbed)
+    harness.assert_gone(run)
+
+
+def test_more_children_continue_a_finished_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    few = {"mode": "steady_state", "children": 3, "accepted": 2}
+    assert harness.search(harness.write_config(tmp_path, search=few), run)[0] == 0
+    first = json.loads(harness.command("status", str(run), "--json")[1])["children"]
+    config = harness.write_config(tmp_path, search=few | {"children": 6})
+    assert harness.search(config, run)[0] == 0
+    second = json.loads(harness.command("status", str(run), "--json")[1])["children"]
+    assert second["committed"] == first["committed"] + 3
+    harness.assert_sound(run)
