@@ -24,19 +24,18 @@ def log_density(data: Array, points: Array) -> Array:
     """
     count, dims = data.shape
     factor = (count * (dims + 2) / 4) ** (-1 / (dims + 4))
-    centred = data - data.mean(axis=0)
-    covariance = centred.T @ centred / max(1, count - 1) * factor**2
+    mean = data.mean(axis=0)
+    covariance = (data - mean).T @ (data - mean) / max(1, count - 1) * factor**2
     variances, directions = np.linalg.eigh(covariance)
     deviations = np.sqrt(np.maximum(variances, BANDWIDTH_FLOOR**2))
-    whiten = directions / deviations
-    a, b = points @ whiten, data @ whiten
-    squared = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None, :] - 2 * a @ b.T
-    exponent = np.maximum(squared, 0.0)
-    exponent *= -0.5
-    top = exponent.max(axis=1, keepdims=True)
-    exponent -= top
+    a, b = ((x - mean) @ (directions / deviations) for x in (points, data))
+    # -|a - b|^2 / 2 = (a . b - |b|^2 / 2) - |a|^2 / 2, the first part as one matrix product
+    exponent = np.column_stack([a, np.ones(len(a))]) @ np.column_stack([b, -(b**2).sum(axis=1) / 2]).T
+    top = exponent.max(axis=1)
+    exponent -= top[:, None]
     kernels = np.exp(exponent, out=exponent).sum(axis=1)
-    result: Array = top[:, 0] + np.log(kernels) - np.log(count) - np.log(deviations).sum() - dims / 2 * np.log(2 * np.pi)
+    volume = count * np.prod(deviations) * (2 * np.pi) ** (dims / 2)
+    result: Array = top - (a**2).sum(axis=1) / 2 + np.log(kernels / volume)
     return result
 
 

@@ -2,14 +2,18 @@
 
 Decides: who becomes a parent, which proposals are trained, what the front is (paper, Algorithm 1), when a search is
 over. Knows no weights, no files, no Slurm, no clock: the record replays it, and a test runs 10^5 children through it.
-Every decision draws from its own stream, `default_rng([seed, purpose, number])`; no generator state is kept. The cost of
-both functions does not grow with history: whether a network was seen before is a function handed in.
+Every decision draws from its own stream, `default_rng([seed, purpose, number])`; no generator state is kept. The cost
+of both functions does not grow with history: whether a network was seen before is a function handed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from math import inf
 
 import numpy as np
 
@@ -17,7 +21,7 @@ from lemonade_hpc.config import Config
 from lemonade_hpc.search import density, morphisms, objectives, pareto, spaces
 from lemonade_hpc.search.graph import Graph, digest, infer
 from lemonade_hpc.search.morphisms import Anatomy, Edit
-from lemonade_hpc.search.ops import Signature
+from lemonade_hpc.search.ops import Facts, Signature
 
 MAX_REDRAWS = 50
 """A proposal that has no legal edit, breaks a limit or was seen before is drawn again at most this often."""
@@ -34,10 +38,18 @@ class Problem:
     reference: tuple[float, ...]
     """One value per objective, cheap ones as log10."""
 
-    @property
+    @cached_property
     def cheap(self) -> tuple[str, ...]:
         """Names of the cheap objectives."""
         return tuple(objective.name for objective in self.config.cheap)
+
+    @cached_property
+    def limits(self) -> Mapping[str, tuple[float, float]]:
+        """Least and most of each cheap objective; the space's smallest network counts where params has no `min`."""
+        found: dict[str, tuple[float, float]] = {o.name: (o.min or 0.0, o.max or inf) for o in self.config.cheap}
+        if all(o.name != "params" or o.min is None for o in self.config.cheap):
+            found["params"] = (float(spaces.min_params(self.signature)), found.get("params", (0.0, inf))[1])
+        return found
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,21 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Parents:
+    """The front's members as parents: made when the front changes, and not again at every ask."""
+
+    children: tuple[Child, ...] = ()
+    anatomies: tuple[Anatomy, ...] = ()
+    uniform: bool = False
+
+    @cached_property
+    def weights(self) -> density.Array:
+        """Probabilities of being drawn."""
+        cheap = [child.cheap for child in self.children]
+        return _weights(cheap, cheap, self.uniform)
+
+
+@dataclass(frozen=True)
 class State:
     """Everything the next decision depends on."""
 
@@ -88,6 +115,8 @@ class State:
     num_committed: int = 0
     num_failed: int = 0
     redrawn: Drawn = field(default_factory=Drawn)
+    parents: Parents = field(default_factory=Parents, compare=False, repr=False)
+    """What follows from `members`."""
 
     @property
     def budget_left(self) -> int:
@@ -106,24 +135,18 @@ def problem(config: Config, signature: Signature, majority_error: float) -> Prob
     The reference point is the error of always guessing the largest class and, for each cheap objective, its `max` or
     4 times the largest initial network, as log10.
     """
-    largest: dict[str, float] = {}
-    for graph in spaces.initial(signature):
-        facts = infer(graph, signature)
-        for objective in config.cheap:
-            value = objectives.CHEAP[objective.name](facts)
-            largest[objective.name] = max(largest.get(objective.name, 0.0), value)
-    reference = []
-    for objective in config.objectives:
-        cheap = objective.name in largest
-        reference.append(np.log10(objective.max or 4 * largest[objective.name]) if cheap else majority_error)
-    made = Problem(config, signature, tuple(float(value) for value in reference))
+    names = [objective.name for objective in config.cheap]
+    sizes = [objectives.measure(names, infer(graph, signature)) for graph in spaces.initial(signature)]
+    largest = dict(zip(names, map(max, zip(*sizes, strict=True)), strict=True))
+    reference = (
+        float(np.log10(o.max or 4 * largest[o.name])) if o.name in largest else majority_error
+        for o in config.objectives
+    )
+    made = Problem(config, signature, tuple(reference))
     if not _initial(made):
-        allowed = ", ".join(f"{o.name} in [{o.min or 0:g}, {o.max or np.inf:g}]" for o in config.cheap)
-        smallest = objectives.measure(made.cheap, infer(spaces.initial(signature)[0], signature))
-        raise ValueError(
-            f"objectives: no initial network satisfies {allowed}; the smallest has "
-            + ", ".join(f"{name} {value:g}" for name, value in zip(made.cheap, smallest, strict=True))
-        )
+        allowed = ", ".join(f"{name} in [{least:g}, {most:g}]" for name, (least, most) in made.limits.items())
+        given = "; ".join(", ".join(f"{n} {v:g}" for n, v in zip(names, size, strict=True)) for size in sizes)
+        raise ValueError(f"objectives: no initial network satisfies {allowed}; they have {given}")
     return made
 
 
@@ -164,7 +187,7 @@ def ask(state: State, n: int, seen: Callable[[str], bool]) -> tuple[State, tuple
 
 
 def take(state: State, children: tuple[Child, ...], redrawn: Drawn) -> State:
-    """The state after an ask that returned these children: what `ask` does once it has decided, and a replay repeats."""
+    """The state after an ask that returned these children: what `ask` does once it has decided; a replay repeats it."""
     in_flight = {**state.in_flight, **{child.number: child for child in children}}
     return replace(
         state,
@@ -180,78 +203,63 @@ def _initial(fixed: Problem) -> tuple[Child, ...]:
     """The initial networks within the limits, as children without a parent."""
     children: list[Child] = []
     for graph in spaces.initial(fixed.signature):
-        cheap = objectives.measure(fixed.cheap, infer(graph, fixed.signature))
-        if _within(fixed, graph, cheap):
+        facts = infer(graph, fixed.signature)
+        if _within(fixed, facts):
+            cheap = objectives.measure(fixed.cheap, facts)
             children.append(Child(len(children), None, (), graph, digest(graph), cheap, 0, 0))
     return tuple(children)
 
 
-def _within(fixed: Problem, graph: Graph, cheap: tuple[float, ...]) -> bool:
-    """Whether the cheap objectives keep their hard limits; params has the space's floor where none is given."""
-    for objective, value in zip(fixed.config.cheap, cheap, strict=True):
-        least = objective.min
-        if least is None:
-            least = spaces.min_params(fixed.signature) if objective.name == "params" else 0
-        if value < least or (objective.max is not None and value > objective.max):
-            return False
-    return True
+def _within(fixed: Problem, facts: Mapping[int, Facts]) -> bool:
+    """Whether a network keeps the hard limits."""
+    return all(least <= objectives.CHEAP[name](facts) <= most for name, (least, most) in fixed.limits.items())
 
 
-def _propose(
-    state: State, rng: np.random.Generator, seen: Callable[[str], bool]
-) -> tuple[list[Child], Drawn]:
+def _propose(state: State, rng: np.random.Generator, seen: Callable[[str], bool]) -> tuple[list[Child], Drawn]:
     """Stage 1: `proposals` candidates that are new, different and within the limits; their numbers are not final."""
-    search = state.problem.config.search
-    parents = [state.members[number] for number in state.front.numbers]
-    weights = _weights(state, [p.cheap for p in parents], [p.cheap for p in parents])
-    studied: dict[int, Anatomy] = {}
-    fresh: set[str] = set()
-    found: list[Child] = []
-    counts = {"no_edit": 0, "limit": 0, "duplicate": 0}
-    for _ in range(search.proposals):
-        for _ in range(1 + MAX_REDRAWS):
-            parent = parents[int(density.draw_with_replacement(weights, 1, rng)[0])]
-            if parent.number not in studied:
-                studied[parent.number] = morphisms.study(parent.graph, state.problem.signature)
-            drawn = _mutate(state, studied[parent.number], rng)
-            if drawn is None:
-                counts["no_edit"] += 1
-                continue
-            edits, graph, cheap = drawn
-            if not _within(state.problem, graph, cheap):
-                counts["limit"] += 1
-                continue
-            name = digest(graph)
-            if name in fresh or seen(name):
-                counts["duplicate"] += 1
-                continue
-            fresh.add(name)
-            found.append(Child(-1, parent.number, edits, graph, name, cheap, -1, parent.depth + 1))
-            break
+    fixed = state.problem
+    found: dict[str, Child] = {}
+    redrawn: Counter[str] = Counter()
+    drawn = _drawn(state.parents, fixed.config.search.proposals, rng)
+    for _ in range(fixed.config.search.proposals):
+        for parent, anatomy in islice(drawn, 1 + MAX_REDRAWS):
+            edits, changed = _mutate(fixed, anatomy, rng)
+            if not edits:
+                redrawn["no_edit"] += 1
+            elif not _within(fixed, changed.facts):
+                redrawn["limit"] += 1
+            elif (name := digest(changed.graph)) in found or seen(name):
+                redrawn["duplicate"] += 1
+            else:
+                cheap = objectives.measure(fixed.cheap, changed.facts)
+                found[name] = Child(-1, parent.number, edits, changed.graph, name, cheap, -1, parent.depth + 1)
+                break
     before = state.redrawn
-    return found, Drawn(
-        before.no_edit + counts["no_edit"], before.limit + counts["limit"], before.duplicate + counts["duplicate"]
+    return list(found.values()), Drawn(
+        before.no_edit + redrawn["no_edit"],
+        before.limit + redrawn["limit"],
+        before.duplicate + redrawn["duplicate"],
     )
 
 
-def _mutate(
-    state: State, anatomy: Anatomy, rng: np.random.Generator
-) -> tuple[tuple[Edit, ...], Graph, tuple[float, ...]] | None:
-    """1 to `max_edits` random edits (paper, section 4), the edited graph and its cheap objectives; None if illegal."""
-    search = state.problem.config.search
+def _drawn(parents: Parents, block: int, rng: np.random.Generator) -> Iterator[tuple[Child, Anatomy]]:
+    """Parents without end, drawn with replacement, a block at a time."""
+    while True:
+        for k in density.draw_with_replacement(parents.weights, block, rng).tolist():
+            yield parents.children[k], parents.anatomies[k]
+
+
+def _mutate(fixed: Problem, anatomy: Anatomy, rng: np.random.Generator) -> tuple[tuple[Edit, ...], Anatomy]:
+    """1 to `max_edits` random edits (paper, section 4) and what they make of a network; none if one is impossible."""
+    search = fixed.config.search
     edits: list[Edit] = []
-    signature = state.problem.signature
-    count = int(rng.integers(1, search.max_edits + 1))
-    for k in range(count):
-        edit = morphisms.draw(anatomy, search.operators, rng)
-        if edit is None:
-            return None
-        edits.append(edit)
-        graph = morphisms.apply(anatomy, edit)
-        facts = infer(graph, signature)
-        if k + 1 < count:
-            anatomy = morphisms.study(graph, signature)
-    return tuple(edits), graph, objectives.measure(state.problem.cheap, facts)
+    for _ in range(1 + int(rng.random() * search.max_edits)):
+        made = morphisms.mutate(anatomy, search.operators, rng)
+        if made is None:
+            return (), anatomy
+        edits.append(made[0])
+        anatomy = made[1]
+    return tuple(edits), anatomy
 
 
 def _accept(state: State, proposals: list[Child], n: int, rng: np.random.Generator) -> list[Child]:
@@ -262,13 +270,13 @@ def _accept(state: State, proposals: list[Child], n: int, rng: np.random.Generat
     fitted = proposals if search.child_density == "proposals" else list(state.members.values())
     if search.count_in_flight:
         fitted = [*fitted, *state.in_flight.values()]
-    weights = _weights(state, [c.cheap for c in fitted], [c.cheap for c in proposals])
+    weights = _weights([c.cheap for c in fitted], [c.cheap for c in proposals], search.sampling == "uniform")
     return [proposals[k] for k in density.draw_without_replacement(weights, n, rng)]
 
 
-def _weights(state: State, data: list[tuple[float, ...]], points: list[tuple[float, ...]]) -> density.Array:
+def _weights(data: list[tuple[float, ...]], points: list[tuple[float, ...]], uniform: bool) -> density.Array:
     """Sampling probabilities over `points`: inverse density of `data` in log10 of the cheap objectives, or uniform."""
-    if state.problem.config.search.sampling == "uniform":
+    if uniform:
         return np.full(len(points), 1 / len(points))
     return density.inverse_density(np.log10(np.array(data)), np.log10(np.array(points)))
 
@@ -277,22 +285,36 @@ def _weights(state: State, data: list[tuple[float, ...]], points: list[tuple[flo
 
 
 def tell(state: State, outcome: Outcome) -> State:
-    """The state after one outcome; raises ValueError for a child that is not in flight.
+    """The state after one outcome; raises ValueError for a child that is not in flight or whose turn it is not.
 
     A generational search must be told in the order of child numbers (`next_to_tell`), so that timing cannot matter.
     """
     child = state.in_flight.get(outcome.number)
     if child is None:
         raise ValueError(f"child {outcome.number} is not in flight")
-    in_flight = {number: c for number, c in state.in_flight.items() if number != outcome.number}
+    if next_to_tell(state) not in (None, child.number):
+        raise ValueError(f"child {child.number} is told before child {next_to_tell(state)}; a generation has an order")
+    in_flight = {number: c for number, c in state.in_flight.items() if number != child.number}
     state = replace(state, in_flight=in_flight, num_committed=state.num_committed + 1)
     if outcome.failure is not None:
         return replace(state, num_failed=state.num_failed + 1)
     front = pareto.insert(state.front, child.number, vector(state.problem, child.cheap, outcome.expensive))
-    if front is state.front:
-        return state
+    return state if front is state.front else _enter(state, front, child)
+
+
+def _enter(state: State, front: pareto.Front, child: Child) -> State:
+    """The state with a front that a child has entered."""
     known = {**state.members, child.number: child}
-    return replace(state, front=front, members={number: known[number] for number in front.numbers})
+    members = {number: known[number] for number in front.numbers}
+    parents = state.parents
+    anatomies = {c.number: anatomy for c, anatomy in zip(parents.children, parents.anatomies, strict=True)}
+    anatomies[child.number] = morphisms.study(child.graph, state.problem.signature)
+    parents = Parents(
+        tuple(members.values()),
+        tuple(anatomies[number] for number in front.numbers),
+        state.problem.config.search.sampling == "uniform",
+    )
+    return replace(state, front=front, members=members, parents=parents)
 
 
 def next_to_tell(state: State) -> int | None:
@@ -303,9 +325,12 @@ def next_to_tell(state: State) -> int | None:
 
 
 def vector(fixed: Problem, cheap: tuple[float, ...], expensive: tuple[float, ...]) -> tuple[float, ...]:
-    """Objective values in the configuration's order."""
-    values = {"cheap": iter(cheap), "expensive": iter(expensive)}
-    return tuple(float(next(values["cheap" if o.name in fixed.cheap else "expensive"])) for o in fixed.config.objectives)
+    """Objective values in the configuration's order; raises ValueError where one is missing or too many."""
+    names = [objective.name for objective in fixed.config.objectives]
+    if (len(cheap), len(expensive)) != (len(fixed.cheap), len(names) - len(fixed.cheap)):
+        raise ValueError(f"expected values of {', '.join(names)}, got cheap {cheap} and expensive {expensive}")
+    left = {True: iter(cheap), False: iter(expensive)}
+    return tuple(float(next(left[name in fixed.cheap])) for name in names)
 
 
 def hypervolume(fixed: Problem, values: pareto.Array) -> float:

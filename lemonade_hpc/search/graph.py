@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,10 @@ class Graph:
 
 
 def readers(graph: Graph) -> dict[int, list[Node]]:
-    """For each node's id, the nodes that read it, in topological order."""
+    """For each node's id, the nodes that read it, in topological order; no node reads another twice."""
     found: dict[int, list[Node]] = {node.id: [] for node in graph.nodes}
     for node in graph.nodes:
-        for source in dict.fromkeys(node.inputs):
+        for source in node.inputs:
             found[source].append(node)
     return found
 
@@ -88,27 +88,31 @@ def channel_runs(graph: Graph, shapes: dict[int, Shape]) -> dict[int, tuple[Run,
     root: dict[int, int] = {}
 
     def find(group: int) -> int:
-        while root[group] != group:
+        while group in root:
             group = root[group]
         return group
 
     runs: dict[int, tuple[Run, ...]] = {}
     for node in graph.nodes:
         if not node.op.channelwise:
-            root[node.id] = node.id
             runs[node.id] = ((node.id, shapes[node.id][0]),)
+        elif len(node.inputs) == 1:
+            runs[node.id] = runs[node.inputs[0]]
         elif isinstance(node.op, Concat):
             runs[node.id] = runs[node.inputs[0]] + runs[node.inputs[1]]
         else:
-            first = runs[node.inputs[0]]
-            for other in (runs[source] for source in node.inputs[1:]):
-                if [size for _, size in first] != [size for _, size in other]:
-                    raise GraphError(f"node {node.id}: an addition of channels divided differently")
-                for (a, _), (b, _) in zip(first, other, strict=True):
-                    low, high = sorted((find(a), find(b)))
+            first, second = (runs[source] for source in node.inputs)
+            if [size for _, size in first] != [size for _, size in second]:
+                raise GraphError(f"node {node.id}: an addition of channels divided differently")
+            for (a, _), (b, _) in zip(first, second, strict=True):
+                low, high = sorted((find(a), find(b)))
+                if low != high:
                     root[high] = low
             runs[node.id] = first
-    return {id_: tuple((find(group), size) for group, size in value) for id_, value in runs.items()}
+    if not root:
+        return runs
+    final = {value: tuple([(find(group), size) for group, size in value]) for value in set(runs.values())}
+    return {id_: final[value] for id_, value in runs.items()}
 
 
 def validate(graph: Graph, signature: Signature) -> dict[int, Facts]:
@@ -143,23 +147,37 @@ def validate(graph: Graph, signature: Signature) -> dict[int, Facts]:
 def digest(graph: Graph) -> str:
     """32 hex digits that two graphs share iff they are the same network.
 
-    Nodes are numbered depth-first from the output, inputs in order; ids, ties and the order of storage are left out.
+    Taken over the operators and then the inputs of the nodes, numbered as `from_output` leaves them: ids, ties and
+    the order of storage are left out.
     """
+    nodes = from_output(graph)
+    number = {node.id: k for k, node in enumerate(nodes)}
+    words = [node.op.text for node in nodes]
+    words += [str(number[source]) for node in nodes for source in node.inputs]
+    return hashlib.blake2b(";".join(words).encode(), digest_size=16).hexdigest()
+
+
+def from_output(graph: Graph) -> Sequence[Node]:
+    """The nodes as a depth-first walk from the output leaves them, each node's inputs first and in their order.
+
+    Where every node's first input is the node stored before it (a main path with skips, as edits keep it), that is
+    the order of storage: the walk goes down the first inputs to the image, and finds all others done on its way back.
+    """
+    nodes = graph.nodes
+    if [node.id for node in nodes[:-1]] == [node.inputs[0] for node in nodes[1:]]:
+        return nodes
     by_id = graph.by_id
-    number: dict[int, int] = {}
-    text: list[str] = []
-    stack = [graph.nodes[-1].id]
+    done: dict[int, Node] = {}
+    stack = [nodes[-1].id]
     while stack:
         node = by_id[stack[-1]]
-        waiting = [source for source in node.inputs if source not in number]
-        if waiting:
-            stack.append(waiting[0])
-            continue
-        stack.pop()
-        if node.id not in number:
-            number[node.id] = len(number)
-            text.append(f"{op_to_json(node.op)}{[number[source] for source in node.inputs]}")
-    return hashlib.blake2b("".join(text).encode(), digest_size=16).hexdigest()
+        waiting = next((source for source in node.inputs if source not in done), None)
+        if waiting is None:
+            done[node.id] = node
+            stack.pop()
+        else:
+            stack.append(waiting)
+    return tuple(done.values())
 
 
 def to_json(graph: Graph) -> dict[str, Any]:

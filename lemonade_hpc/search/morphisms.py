@@ -1,8 +1,8 @@
-"""The paper's six operators on graphs, and what each means for the weights.
+"""The paper's six operators on graphs.
 
-Decides: where an edit is legal (`sites`), what graph it makes (`apply`), and how every weight of the child follows from
-the parent's (`plan`). An edit is data: stored, printed in lineages, replayed. A plan is data too, of a closed set of
-rules (`Resize`, `Fresh`, and batch statistics to `measure`); only `learn/transfer.py` opens weights.
+Decides: where an edit is legal (`sites`), which is drawn (`draw`) and what graph it makes (`apply`). An edit is data:
+stored, printed in lineages, replayed. What it means for the weights is in `plans.py`. Edits keep what `graph.validate`
+promises, in every copy of a tie or in none.
 
 Exact (network morphisms, the function is unchanged): insert, widen, add, concat. Approximate: remove, prune, separable.
 Paper, section "Network operators". Concatenation and addition are the two forms of its operator 3, skip.
@@ -10,16 +10,19 @@ Paper, section "Network operators". Concatenation and addition are the two forms
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 
-from lemonade_hpc.search.graph import Graph, GraphError, Node, Run, channel_runs, infer, readers
-from lemonade_hpc.search.ops import Add, BatchNorm, Concat, Conv, Depthwise, Facts, MaxPool, Op, ReLU, Shape, Signature
+from lemonade_hpc.search.anatomy import EXACT, Anatomy, Edit, study
+from lemonade_hpc.search.changes import Change, behind, carry_out, still_there
+from lemonade_hpc.search.graph import Graph, GraphError, Node
+from lemonade_hpc.search.ops import Add, BatchNorm, Concat, Conv, Depthwise, MaxPool, Op, ReLU, Shape, Signature
+from lemonade_hpc.search.plans import NEW, Fresh, Plan, Resize, Select, plan, pruned, selects
 
-EXACT = frozenset({"insert", "widen", "add", "concat"})
 KINDS = {
     "insert": ("insert",),
     "widen": ("widen",),
@@ -33,436 +36,290 @@ KINDS = {
 KERNELS = (3, 5)
 WIDEN_FACTOR = 2
 PRUNE_DIVISORS = (2, 4)
-MAX_REDRAWS = 50
 MIN_CHANNELS = 4
 """Pruning leaves at least this many channels."""
 
-NEW = -1
-"""In an index: an entry that no entry of the parent stands for."""
+CONV, BATCHNORM, RELU = lru_cache(maxsize=1000)(Conv), BatchNorm(), ReLU()
+"""What edits insert: equal operators are one object, whose text, hash and facts are worked out once."""
+
+Candidates = list[tuple[int, int]]
+"""Ties and arguments of edits that may be legal."""
+
+T = TypeVar("T")
 
 
 class EditError(ValueError):
-    """The edit is not legal on this graph: says which and why."""
+    """The edit is not legal on this graph: says which and where."""
 
 
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """One application of an operator: its kind, the tie it is applied to, and kernel, factor, divisor or second tie."""
-
-    kind: str
-    site: int
-    arg: int = 0
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """A graph with all that edits ask about it, computed once: see `study`."""
-
-    graph: Graph
-    facts: Mapping[int, Facts]
-    runs: Mapping[int, tuple[Run, ...]]
-    by_id: Mapping[int, Node]
-    readers: Mapping[int, list[Node]]
-    ties: Mapping[int, list[int]]
-    feeds_add: frozenset[int]
-    """Nodes whose channels reach an addition unmixed: their division into runs must not change."""
-
-    def shape(self, id_: int) -> Shape:
-        """Output shape of a node, per image."""
-        return self.facts[id_].shape
-
-
-def study(graph: Graph, signature: Signature) -> Anatomy:
-    """Everything that edits ask about a graph; raises GraphError or ops.ShapeError for an invalid one."""
-    known = infer(graph, signature)
-    ties: dict[int, list[int]] = {}
-    for node in graph.nodes:
-        ties.setdefault(node.tie, []).append(node.id)
-    feeds: set[int] = set()
-    for node in reversed(graph.nodes):
-        if isinstance(node.op, Add) or (node.op.channelwise and node.id in feeds):
-            feeds.update(node.inputs)
-    runs = channel_runs(graph, {id_: fact.shape for id_, fact in known.items()})
-    return Anatomy(graph, known, runs, graph.by_id, readers(graph), ties, frozenset(feeds))
-
-
-# ---------------------------------------------------------------- where an edit is legal
+# ---------------------------------------------------------------- which edits there are
 
 
 def sites(anatomy: Anatomy, kind: str) -> list[Edit]:
     """Every legal edit of this kind, in a fixed order."""
-    legal, args = _LEGAL[kind]
-    return [
-        Edit(kind, tie, arg)
-        for tie, members in anatomy.ties.items()
-        for arg in args(anatomy, tie)
-        if all(legal(anatomy, id_, other) for id_, other in _pairs(anatomy, kind, members, arg))
-    ]
+    edits = (Edit(kind, site, arg) for site, arg in _RULES[kind].candidates(anatomy))
+    return [edit for edit in edits if legal(anatomy, edit)]
 
 
 def draw(anatomy: Anatomy, operators: Iterable[str], rng: np.random.Generator) -> Edit | None:
-    """An edit: operator uniform, then its kind, then its site uniform among the legal ones.
-
-    An operator without a legal site is drawn again, MAX_REDRAWS times at most; None if that never finds one.
-    """
-    names = list(operators)
-    for _ in range(1 + MAX_REDRAWS):
-        kinds = KINDS[names[rng.integers(len(names))]]
-        found = [edits for edits in (sites(anatomy, kind) for kind in kinds) if edits]
-        if found:
-            chosen = found[rng.integers(len(found))]
-            return chosen[rng.integers(len(chosen))]
+    """An edit, or None: operator uniform among those with a legal site, then its kind likewise, then its site."""
+    for operator in _in_random_order(operators, rng):
+        for kind in _in_random_order(KINDS[operator], rng):
+            for site, arg in _in_random_order(_RULES[kind].candidates(anatomy), rng):
+                edit = Edit(kind, site, arg)
+                if legal(anatomy, edit):
+                    return edit
     return None
 
 
-def _pairs(anatomy: Anatomy, kind: str, members: list[int], arg: int) -> list[tuple[int, int]]:
-    """Each member of the edited tie, with its partner in the same copy (skips) or the edit's number."""
-    if kind not in KINDS["skip"]:
-        return [(id_, arg) for id_ in members]
+def _in_random_order(items: Iterable[T], rng: np.random.Generator) -> Iterator[T]:
+    """Shuffled as far as asked for: the first to pass a test is uniform among all that pass it."""
+    left = list(items)
+    while left:
+        k = int(rng.random() * len(left))
+        left[k], left[-1] = left[-1], left[k]
+        yield left.pop()
+
+
+def legal(anatomy: Anatomy, edit: Edit) -> bool:
+    """Whether an edit may be applied."""
+    rule, members = _RULES.get(edit.kind), anatomy.ties.get(edit.site)
+    return rule is not None and members is not None and rule.legal(anatomy, members, edit.arg)
+
+
+def apply(anatomy: Anatomy, edit: Edit) -> Graph:
+    """The edited graph; raises EditError where the edit is not legal. Applied to every copy of the tie or to none."""
+    if not legal(anatomy, edit):
+        where = [node.id for node in anatomy.ties.get(edit.site, [])]
+        raise EditError(f"{edit} is not legal here (nodes {where}); kinds of edit are {', '.join(_RULES)}")
+    return _apply(anatomy, edit)
+
+
+def mutate(anatomy: Anatomy, operators: Iterable[str], rng: np.random.Generator) -> tuple[Edit, Anatomy] | None:
+    """A drawn edit and the edited graph's anatomy, or None: `draw`, `apply` and `study` in one."""
+    edit = draw(anatomy, operators, rng)
+    return None if edit is None else (edit, study(_apply(anatomy, edit), anatomy.signature, anatomy))
+
+
+def _apply(anatomy: Anatomy, edit: Edit) -> Graph:
+    """`apply` for an edit that is known to be legal."""
+    return carry_out(anatomy, _RULES[edit.kind].change(anatomy, anatomy.ties[edit.site], edit.arg))
+
+
+# ---------------------------------------------------------------- insert
+
+
+def _at(kind: type[Op], *args: int) -> Callable[[Anatomy], Candidates]:
+    """Candidates: every tie of one kind of operator, with each argument."""
+    return lambda anatomy: [(tie, arg) for tie in dict.fromkeys(n.tie for n in anatomy.of(kind)) for arg in args]
+
+
+def _may_insert(anatomy: Anatomy, members: list[Node], kernel: int) -> bool:
+    """Behind a ReLU of feature maps; its channels become one run, which an addition must not notice."""
+    for node in members:
+        if not isinstance(node.op, ReLU) or len(anatomy.shape(node.id)) != 3:
+            return False
+        if anatomy.mixes(node.id) and node.id in anatomy.feeds_add:
+            return False
+    return kernel in KERNELS
+
+
+def _insert(anatomy: Anatomy, members: list[Node], kernel: int) -> Change:
+    def block(node: Node) -> tuple[Op, ...]:
+        return CONV(anatomy.shape(node.id)[0], kernel), BATCHNORM, RELU
+
+    return behind(anatomy, ((node, (node.id,), block(node)) for node in members))
+
+
+# ---------------------------------------------------------------- widen and prune
+
+
+def _may_widen(anatomy: Anatomy, members: list[Node], factor: int) -> bool:
+    return factor == WIDEN_FACTOR and _free(anatomy, members)
+
+
+def _may_prune(anatomy: Anatomy, members: list[Node], divisor: int) -> bool:
+    if divisor not in PRUNE_DIVISORS or not _free(anatomy, members):
+        return False
+    return all(pruned(anatomy.shape(node.id)[0], divisor) >= MIN_CHANNELS for node in members)
+
+
+def _free(anatomy: Anatomy, members: list[Node]) -> bool:
+    """Convolutions whose channels may change width: not the image's, and in every copy of the cell or in none."""
+    if not all(isinstance(node.op, Conv) for node in members):
+        return False
+    groups = {anatomy.runs[node.id][0][0] for node in members}
+    copies = (copy for group in groups for node in anatomy.writers[group] for copy in anatomy.ties[node.tie])
+    image = anatomy.runs[anatomy.graph.nodes[0].id][0][0]
+    return image not in groups and all(anatomy.runs[copy.id][0][0] in groups for copy in copies)
+
+
+def _resize(width: Callable[[int, int], int]) -> Callable[[Anatomy, list[Node], int], Change]:
+    """Change the width of all convolutions that write the members' channel groups."""
+
+    def change(anatomy: Anatomy, members: list[Node], arg: int) -> Change:
+        ops: dict[int, Op] = {}
+        for node in members:
+            for writer in anatomy.writers[anatomy.runs[node.id][0][0]]:
+                assert isinstance(writer.op, Conv)
+                ops[writer.id] = CONV(width(writer.op.channels, arg), writer.op.kernel)
+        return Change(ops, {}, (), {})
+
+    return change
+
+
+# ---------------------------------------------------------------- skip: add and concat
+
+
+def _layers(same: slice) -> Callable[[Anatomy], Candidates]:
+    """Candidates: a ReLU and an earlier ReLU or pooling, equal in this part of their shapes."""
+
+    def candidates(anatomy: Anatomy) -> Candidates:
+        found: list[tuple[int, int]] = []
+        earlier: dict[Shape, list[int]] = {}
+        for node in anatomy.graph.nodes:
+            if isinstance(node.op, (ReLU, MaxPool)):
+                others = earlier.setdefault(anatomy.facts[node.id].shape[same], [])
+                if isinstance(node.op, ReLU):
+                    found += [(node.tie, other) for other in others]
+                others.append(node.tie)
+        return list(dict.fromkeys(found))
+
+    return candidates
+
+
+def _copies(anatomy: Anatomy, members: list[Node], arg: int) -> list[tuple[Node, Node]]:
+    """Each member with the node of the other tie in the same copy of the cell; empty where there is none."""
     others = anatomy.ties.get(arg, [])
-    return list(zip(members, others, strict=True)) if len(members) == len(others) else [(members[0], members[0])]
+    return list(zip(members, others, strict=True)) if len(members) == len(others) else []
 
 
-def _after_relu(anatomy: Anatomy, id_: int, _: int) -> bool:
-    return isinstance(anatomy.by_id[id_].op, ReLU)
-
-
-def _free_conv(anatomy: Anatomy, id_: int, _: int) -> bool:
-    """A convolution whose width is not bound to the image's channels."""
-    image = anatomy.graph.nodes[0].id
-    return isinstance(anatomy.by_id[id_].op, Conv) and anatomy.runs[id_][0][0] != anatomy.runs[image][0][0]
-
-
-def _prunable(anatomy: Anatomy, id_: int, divisor: int) -> bool:
-    return _free_conv(anatomy, id_, divisor) and _pruned(anatomy.shape(id_)[0], divisor) >= MIN_CHANNELS
-
-
-def _pruned(width: int, divisor: int) -> int:
-    """Channels left when 1/divisor of them goes, at least one."""
-    return width - max(1, width // divisor)
-
-
-def _full_conv(anatomy: Anatomy, id_: int, _: int) -> bool:
-    op = anatomy.by_id[id_].op
-    return isinstance(op, Conv) and op.kernel > 1
-
-
-def _can_skip(anatomy: Anatomy, x: int, y: int) -> bool:
-    """A skip from the earlier layer y to x: both of one size, not joined already."""
-    if not isinstance(anatomy.by_id[x].op, ReLU) or not isinstance(anatomy.by_id[y].op, ReLU | MaxPool) or x == y:
+def _may_skip(anatomy: Anatomy, x: Node, y: Node) -> bool:
+    """From a layer to an earlier one of the same height and width, not joined already."""
+    if not isinstance(x.op, ReLU) or not isinstance(y.op, (ReLU, MaxPool)):
         return False
-    if anatomy.shape(x)[1:] != anatomy.shape(y)[1:] or not _precedes(anatomy, y, x):
+    if anatomy.position[y.id] >= anatomy.position[x.id] or anatomy.shape(x.id)[1:] != anatomy.shape(y.id)[1:]:
         return False
-    return not any(set(reader.inputs) >= {x, y} for reader in anatomy.readers[x])
+    return all([y.id not in reader.inputs for reader in anatomy.readers[x.id]])
 
 
-def _precedes(anatomy: Anatomy, y: int, x: int) -> bool:
-    order = {node.id: i for i, node in enumerate(anatomy.graph.nodes)}
-    return order[y] < order[x]
-
-
-def _can_add(anatomy: Anatomy, x: int, y: int) -> bool:
-    return _can_skip(anatomy, x, y) and _sizes(anatomy, x) == _sizes(anatomy, y)
-
-
-def _can_concat(anatomy: Anatomy, x: int, y: int) -> bool:
-    return _can_skip(anatomy, x, y) and x not in anatomy.feeds_add
-
-
-def _sizes(anatomy: Anatomy, id_: int) -> list[int]:
-    return [size for _, size in anatomy.runs[id_]]
-
-
-def _removable(anatomy: Anatomy, id_: int, _: int) -> bool:
-    """A skip, or a block that is not its stage's last and whose readers can take its input instead."""
-    node = anatomy.by_id[id_]
-    if isinstance(node.op, Add | Concat):
-        source = node.inputs[0]
-    else:
-        block = _block(anatomy, node)
-        if not block:
+def _may_add(anatomy: Anatomy, members: list[Node], arg: int) -> bool:
+    pairs = _copies(anatomy, members, arg)
+    for x, y in pairs:
+        if anatomy.shape(x.id) != anatomy.shape(y.id) or not _may_skip(anatomy, x, y):
             return False
-        source = block[0].inputs[0]
-        stage = [n for n in anatomy.graph.nodes if isinstance(n.op, ReLU) and anatomy.shape(n.id)[1:] == anatomy.shape(id_)[1:]]
-        if len(stage) < 2:
+        if anatomy.sizes(x.id) != anatomy.sizes(y.id):
             return False
-    if any(source in reader.inputs for reader in anatomy.readers[id_] if reader.id != id_):
-        return False
-    return id_ not in anatomy.feeds_add or _sizes(anatomy, id_) == _sizes(anatomy, source)
+    return bool(pairs)
+
+
+def _may_concat(anatomy: Anatomy, members: list[Node], arg: int) -> bool:
+    pairs = _copies(anatomy, members, arg)
+    for x, y in pairs:
+        if x.id in anatomy.feeds_add or not _may_skip(anatomy, x, y):
+            return False
+    return bool(pairs)
+
+
+def _skip(op: Op) -> Callable[[Anatomy, list[Node], int], Change]:
+    """Join each member with its partner; the member's readers read the result."""
+
+    def change(anatomy: Anatomy, members: list[Node], arg: int) -> Change:
+        return behind(anatomy, ((x, (x.id, y.id), (op,)) for x, y in _copies(anatomy, members, arg)))
+
+    return change
+
+
+# ---------------------------------------------------------------- remove
+
+
+def _ends(anatomy: Anatomy) -> Candidates:
+    """Candidates: skips, and ReLUs that may end a block."""
+    return [site for kind in (ReLU, Add, Concat) for site in _at(kind, 0)(anatomy)]
 
 
 def _block(anatomy: Anatomy, end: Node) -> list[Node]:
-    """The nodes of the Conv-BN-ReLU or separable block that ends here, first to last; empty if it is none."""
+    """A skip, or the nodes of the Conv-BN-ReLU or separable block that ends here, last to first; empty for others."""
+    if isinstance(end.op, (Add, Concat)):
+        return [end]
     if not isinstance(end.op, ReLU):
         return []
     block = [end]
     for wanted in (BatchNorm, Conv, Depthwise):
-        node = anatomy.by_id[block[0].inputs[0]]
-        alone = len(anatomy.readers[node.id]) == 1
-        if isinstance(node.op, wanted) and alone:
-            block.insert(0, node)
+        node = anatomy.by_id[block[-1].inputs[0]]
+        if isinstance(node.op, wanted) and len(anatomy.readers[node.id]) == 1:
+            block.append(node)
         elif wanted is not Depthwise:
             return []
     return block
 
 
-Legal = Callable[[Anatomy, int, int], bool]
-Args = Callable[[Anatomy, int], Iterable[int]]
+def _may_remove(anatomy: Anatomy, members: list[Node], arg: int) -> bool:
+    """Blocks or skips whose readers can read their input instead; every stage keeps a block."""
+    sizes = [anatomy.shape(node.id)[1:] for node in members if isinstance(node.op, ReLU)]
+    if arg or any([anatomy.num_blocks[size] <= sizes.count(size) for size in sizes]):
+        return False
+    blocks = [_block(anatomy, node) for node in members]
+    if not all(blocks):
+        return False
+    change = _without(blocks)
+    for node in members:
+        stand_in = still_there(change, node.id)
+        if node.id in anatomy.feeds_add and anatomy.sizes(node.id) != anatomy.sizes(stand_in):
+            return False
+        for reader in anatomy.readers[node.id]:
+            inputs = {still_there(change, source) for source in reader.inputs}
+            if len(inputs) < len(reader.inputs) and reader.id not in change.dropped:
+                return False
+        for other in node.inputs[1:]:
+            if all([reader.id in change.dropped for reader in anatomy.readers[other]]):
+                return False
+    return True
 
 
-def _fixed(*values: int) -> Args:
-    return lambda anatomy, tie: values
+def _remove(anatomy: Anatomy, members: list[Node], _: int) -> Change:
+    return _without([_block(anatomy, node) for node in members])
 
 
-def _earlier(anatomy: Anatomy, tie: int) -> Iterable[int]:
-    """Ties that may be the far end of a skip to this one."""
-    if not isinstance(anatomy.by_id[anatomy.ties[tie][0]].op, ReLU):
-        return ()
-    return (t for t, ids in anatomy.ties.items() if isinstance(anatomy.by_id[ids[0]].op, ReLU | MaxPool))
+def _without(blocks: list[list[Node]]) -> Change:
+    moved = {block[0].id: block[-1].inputs[0] for block in blocks}
+    return Change({}, {}, {node.id for block in blocks for node in block}, moved)
 
 
-_LEGAL: dict[str, tuple[Legal, Args]] = {
-    "insert": (_after_relu, _fixed(*KERNELS)),
-    "widen": (_free_conv, _fixed(WIDEN_FACTOR)),
-    "add": (_can_add, _earlier),
-    "concat": (_can_concat, _earlier),
-    "remove": (_removable, _fixed(0)),
-    "prune": (_prunable, _fixed(*PRUNE_DIVISORS)),
-    "separable": (_full_conv, _fixed(0)),
+# ---------------------------------------------------------------- separable
+
+
+def _may_separate(anatomy: Anatomy, members: list[Node], arg: int) -> bool:
+    return not arg and all(isinstance(node.op, Conv) and node.op.kernel > 1 for node in members)
+
+
+def _separate(anatomy: Anatomy, members: list[Node], _: int) -> Change:
+    def pair(op: Op) -> tuple[Op, ...]:
+        assert isinstance(op, Conv)
+        return Depthwise(op.kernel), CONV(op.channels, 1)
+
+    made = behind(anatomy, ((node, node.inputs, pair(node.op)) for node in members))
+    return replace(made, dropped={node.id for node in members})
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """One kind of edit: where it may be legal, whether it is, what it changes."""
+
+    candidates: Callable[[Anatomy], Candidates]
+    legal: Callable[[Anatomy, list[Node], int], bool]
+    change: Callable[[Anatomy, list[Node], int], Change]
+
+
+_RULES = {
+    "insert": _Rule(_at(ReLU, *KERNELS), _may_insert, _insert),
+    "widen": _Rule(_at(Conv, WIDEN_FACTOR), _may_widen, _resize(lambda width, factor: width * factor)),
+    "add": _Rule(_layers(slice(None)), _may_add, _skip(Add())),
+    "concat": _Rule(_layers(slice(1, None)), _may_concat, _skip(Concat())),
+    "remove": _Rule(_ends, _may_remove, _remove),
+    "prune": _Rule(_at(Conv, *PRUNE_DIVISORS), _may_prune, _resize(pruned)),
+    "separable": _Rule(_at(Conv, 0), _may_separate, _separate),
 }
-
-
-# ---------------------------------------------------------------- what graph an edit makes
-
-
-def apply(anatomy: Anatomy, edit: Edit) -> Graph:
-    """The edited graph; raises EditError where the edit is not legal. Applied to every copy of the tie or to none."""
-    members = anatomy.ties.get(edit.site, [])
-    if edit.kind not in _LEGAL or not members:
-        raise EditError(f"{edit}: no such operator or site; operators are {', '.join(_LEGAL)}")
-    legal, _ = _LEGAL[edit.kind]
-    change = _Change(anatomy.graph)
-    for id_, arg in _pairs(anatomy, edit.kind, members, edit.arg):
-        if not legal(anatomy, id_, arg):
-            raise EditError(f"{edit}: not legal at node {id_}")
-        _EDITS[edit.kind](anatomy, change, anatomy.by_id[id_], arg)
-    return change.graph()
-
-
-class _Change:
-    """A change of a graph being collected: nodes to add, drop, re-point or give another operator."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.before = graph
-        self.next_id = graph.next_id
-        self.added: dict[int, list[Node]] = {}
-        self.dropped: set[int] = set()
-        self.stand_in: dict[int, int] = {}
-        self.ops: dict[int, Op] = {}
-        self.ties: list[int] = []
-
-    def add(self, after: int, copy: int, *steps: tuple[Op, tuple[int, ...]]) -> int:
-        """Put nodes behind `after`, the k-th reading the k-th of `steps`' inputs and its forerunner; the last id."""
-        nodes = self.added.setdefault(after, [])
-        for k, (op, inputs) in enumerate(steps):
-            if copy == 0:
-                self.ties.append(self.next_id)
-            sources = inputs if inputs else (self.next_id - 1,)
-            nodes.append(Node(self.next_id, op, sources, self.ties[k]))
-            self.next_id += 1
-        return self.next_id - 1
-
-    def graph(self) -> Graph:
-        """The changed graph."""
-        nodes: list[Node] = []
-        for node in self.before.nodes:
-            if node.id not in self.dropped:
-                inputs = tuple(self.stand_in.get(source, source) for source in node.inputs)
-                op = self.ops.get(node.id, node.op)
-                same = inputs == node.inputs and op is node.op
-                nodes.append(node if same else Node(node.id, op, inputs, node.tie))
-            nodes.extend(self.added.get(node.id, ()))
-        return Graph(tuple(nodes), self.next_id)
-
-
-def _copy(anatomy: Anatomy, node: Node) -> int:
-    """Which copy of its tie a node is."""
-    return anatomy.ties[node.tie].index(node.id)
-
-
-def _insert(anatomy: Anatomy, change: _Change, node: Node, kernel: int) -> None:
-    conv = Conv(anatomy.shape(node.id)[0], kernel)
-    last = change.add(node.id, _copy(anatomy, node), (conv, (node.id,)), (BatchNorm(), ()), (ReLU(), ()))
-    change.stand_in[node.id] = last
-
-
-def _resize(width: Callable[[int, int], int]) -> Callable[[Anatomy, _Change, Node, int], None]:
-    def edit(anatomy: Anatomy, change: _Change, node: Node, arg: int) -> None:
-        for writer in writers(anatomy, anatomy.runs[node.id][0][0]):
-            change.ops[writer.id] = Conv(width(writer.op.channels, arg), writer.op.kernel)  # type: ignore[attr-defined]
-
-    return edit
-
-
-def _skip(op: Op) -> Callable[[Anatomy, _Change, Node, int], None]:
-    def edit(anatomy: Anatomy, change: _Change, node: Node, other: int) -> None:
-        change.stand_in[node.id] = change.add(node.id, _copy(anatomy, node), (op, (node.id, other)))
-
-    return edit
-
-
-def _remove(anatomy: Anatomy, change: _Change, node: Node, _: int) -> None:
-    block = _block(anatomy, node) or [node]
-    change.dropped.update(n.id for n in block)
-    change.stand_in[node.id] = block[0].inputs[0]
-
-
-def _separable(anatomy: Anatomy, change: _Change, node: Node, _: int) -> None:
-    op = node.op
-    assert isinstance(op, Conv)
-    steps = ((Depthwise(op.kernel), node.inputs), (Conv(op.channels, 1), ()))
-    change.stand_in[node.id] = change.add(node.id, _copy(anatomy, node), *steps)
-    change.dropped.add(node.id)
-
-
-_EDITS: dict[str, Callable[[Anatomy, _Change, Node, int], None]] = {
-    "insert": _insert,
-    "widen": _resize(lambda width, factor: width * factor),
-    "add": _skip(Add()),
-    "concat": _skip(Concat()),
-    "remove": _remove,
-    "prune": _resize(_pruned),
-    "separable": _separable,
-}
-
-
-def writers(anatomy: Anatomy, group: int) -> list[Node]:
-    """The convolutions that write a channel group, in topological order."""
-    return [n for n in anatomy.graph.nodes if isinstance(n.op, Conv) and anatomy.runs[n.id][0][0] == group]
-
-
-# ---------------------------------------------------------------- what it means for the weights
-
-
-@dataclass(frozen=True)
-class Resize:
-    """Entries of one axis of a weight: `index[k]` is the parent's entry, NEW a fresh one started by `fill`."""
-
-    axis: int
-    index: tuple[int, ...]
-    fill: str
-
-
-@dataclass(frozen=True)
-class Fresh:
-    """A weight without a counterpart in the parent, started by `fill`: zero, one, fan_in or identity."""
-
-    fill: str
-    shape: Shape
-
-
-@dataclass(frozen=True)
-class Select:
-    """A choice that needs weights: the `count` filters of a group to keep, by norm over all its writers' weights."""
-
-    group: int
-    writers: tuple[str, ...]
-    count: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a child's weights follow from its parent's, for one edit. Weights not named are plain copies."""
-
-    exact: bool
-    rules: Mapping[str, tuple[Resize | Fresh, ...]]
-    dropped: frozenset[str]
-    measure: tuple[int, ...]
-    """Inserted BatchNorms whose statistics are those of their input."""
-    affected: frozenset[int]
-    """Nodes that an approximate edit has disturbed: distillation trains them first (paper, section 3)."""
-
-
-def selects(anatomy: Anatomy, edit: Edit) -> tuple[Select, ...]:
-    """The choices of filters that this edit needs: one per pruned channel group, none for other edits."""
-    if edit.kind != "prune":
-        return ()
-    chosen: dict[int, Select] = {}
-    for id_ in anatomy.ties[edit.site]:
-        group, width = anatomy.runs[id_][0]
-        names = tuple(f"{node.id}.weight" for node in writers(anatomy, group))
-        chosen[group] = Select(group, names, _pruned(width, edit.arg))
-    return tuple(chosen.values())
-
-
-def plan(before: Anatomy, edit: Edit, after: Anatomy, kept: Mapping[int, tuple[int, ...]] | None = None) -> Plan:
-    """The plan of one edit; `kept` answers `selects`: for each group, the filters that stay, ascending."""
-    exact = edit.kind in EXACT
-    rules: dict[str, tuple[Resize | Fresh, ...]] = {}
-    out: dict[int, tuple[int, ...]] = {}
-    dirty: set[int] = set()
-    for node in after.graph.nodes:
-        old = before.by_id.get(node.id)
-        facts = after.facts[node.id]
-        if old is None:
-            for param in facts.params:
-                fill = "identity" if edit.kind == "insert" and isinstance(node.op, Conv) else param.fill
-                rules[f"{node.id}.{param.name}"] = (Fresh(fill, param.shape),)
-            dirty.add(node.id)
-            continue
-        read = [_read(before, after, out, p, q) for p, q in zip(node.inputs, old.inputs, strict=True)]
-        out[node.id] = _own(before, after, node, read, kept or {})
-        if node.inputs != old.inputs or any(p in dirty and after.by_id[p].op.channelwise for p in node.inputs):
-            dirty.add(node.id)
-        index = {"o": out[node.id], "c": out[node.id], "i": read[0] if read else ()}
-        for param in facts.params:
-            steps = tuple(
-                Resize(axis, index[role], "zero" if exact and role == "i" else param.fill)
-                for axis, role in enumerate(param.roles)
-                if role != "." and not _is_identity(index[role], _old_width(before, old, role))
-            )
-            if steps:
-                rules[f"{node.id}.{param.name}"] = steps
-                dirty.add(node.id)
-    gone = (node for node in before.graph.nodes if node.id not in after.by_id)
-    dropped = frozenset(f"{node.id}.{param.name}" for node in gone for param in before.facts[node.id].params)
-    new_bn = (n.id for n in after.graph.nodes if n.id not in before.by_id and isinstance(n.op, BatchNorm))
-    affected = () if exact else (id_ for id_ in dirty if after.facts[id_].params)
-    return Plan(exact, rules, dropped, tuple(new_bn), frozenset(affected))
-
-
-def _read(before: Anatomy, after: Anatomy, out: Mapping[int, tuple[int, ...]], now: int, then: int) -> tuple[int, ...]:
-    """For each channel a node reads now, the channel it read there before; a stand-in keeps the overlap."""
-    if now == then:
-        return out[now]
-    return _overlap(before.shape(then)[0], after.shape(now)[0])
-
-
-def _own(
-    before: Anatomy, after: Anatomy, node: Node, read: list[tuple[int, ...]], kept: Mapping[int, tuple[int, ...]]
-) -> tuple[int, ...]:
-    """For each channel a node puts out now, the channel it put out before."""
-    if isinstance(node.op, Concat):
-        offset = before.shape(before.by_id[node.id].inputs[0])[0]
-        return read[0] + tuple(k + offset if k != NEW else NEW for k in read[1])
-    if node.op.channelwise:
-        return read[0]
-    group = before.runs[node.id][0][0]
-    if group in kept:
-        return kept[group]
-    return _overlap(before.shape(node.id)[0], after.shape(node.id)[0])
-
-
-def _overlap(then: int, now: int) -> tuple[int, ...]:
-    return tuple(k if k < then else NEW for k in range(now))
-
-
-def _is_identity(index: tuple[int, ...], width: int) -> bool:
-    return index == tuple(range(width))
-
-
-def _old_width(before: Anatomy, node: Node, role: str) -> int:
-    return before.shape(node.inputs[0] if role == "i" else node.id)[0]
 
 
 # ---------------------------------------------------------------- JSON
@@ -480,12 +337,13 @@ def from_json(data: Iterable[Iterable[Any]]) -> tuple[Edit, ...]:
 
 def replay(graph: Graph, edits: Iterable[Edit], signature: Signature) -> Graph:
     """The graph after all edits; raises EditError, GraphError or ops.ShapeError."""
+    anatomy = study(graph, signature)
     for edit in edits:
-        graph = apply(study(graph, signature), edit)
-    return graph
+        anatomy = study(apply(anatomy, edit), signature, anatomy)
+    return anatomy.graph
 
 
 __all__ = [
     "EXACT", "KINDS", "NEW", "Anatomy", "Edit", "EditError", "Fresh", "GraphError", "Plan", "Resize", "Select",
-    "apply", "draw", "from_json", "plan", "replay", "selects", "sites", "study", "to_json", "writers",
+    "apply", "draw", "from_json", "legal", "mutate", "plan", "replay", "selects", "sites", "study", "to_json",
 ]  # fmt: skip

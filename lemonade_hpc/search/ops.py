@@ -11,7 +11,7 @@ channel, `.` free. Growing and pruning need no code per operator: they touch eac
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, ClassVar
 
@@ -62,6 +62,11 @@ class Op:
     arity: ClassVar[int] = 1
     channelwise: ClassVar[bool] = False
 
+    @cached_property
+    def text(self) -> str:
+        """The operator in words, `conv 16 3`: what digests are taken over."""
+        return " ".join(map(str, (self.name, *vars(self).values())))
+
     def shape(self, signature: Signature, *inputs: Shape) -> Shape:
         """Output shape; raises ShapeError."""
         raise NotImplementedError
@@ -79,6 +84,11 @@ def _feature_map(op: Op, shape: Shape) -> Shape:
     if len(shape) != 3:
         raise ShapeError(f"{op.name} needs a feature map (C, H, W), got {shape}")
     return shape
+
+
+def _odd(op: Op, kernel: int) -> None:
+    if kernel < 1 or kernel % 2 == 0:
+        raise ShapeError(f"{op.name} needs an odd kernel, got {kernel}")
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,9 @@ class Conv(Op):
 
     def shape(self, signature: Signature, *inputs: Shape) -> Shape:  # noqa: D102
         _, height, width = _feature_map(self, inputs[0])
+        _odd(self, self.kernel)
+        if self.channels < 1:
+            raise ShapeError(f"{self.name} needs at least one channel, got {self.channels}")
         return (self.channels, height, width)
 
     def params(self, signature: Signature, *inputs: Shape) -> tuple[Param, ...]:  # noqa: D102
@@ -115,13 +128,14 @@ class Conv(Op):
 
 @dataclass(frozen=True)
 class Depthwise(Op):
-    """One filter per channel, without bias, stride 1, padded to keep height and width."""
+    """One filter per channel, without bias, stride 1, padded to keep height and width; `kernel` is odd."""
 
     name: ClassVar[str] = "depthwise"
     channelwise: ClassVar[bool] = True
     kernel: int
 
     def shape(self, signature: Signature, *inputs: Shape) -> Shape:  # noqa: D102
+        _odd(self, self.kernel)
         return _feature_map(self, inputs[0])
 
     def params(self, signature: Signature, *inputs: Shape) -> tuple[Param, ...]:  # noqa: D102
@@ -243,7 +257,7 @@ OPS: dict[str, type[Op]] = {
 }
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=10_000)
 def facts(op: Op, signature: Signature, *inputs: Shape) -> Facts:
     """What `op` is on these inputs; raises ShapeError. Remembered, since a search asks it again and again."""
     shape = op.shape(signature, *inputs)
@@ -259,9 +273,12 @@ def to_json(op: Op) -> list[Any]:
 
 def from_json(data: list[Any]) -> Op:
     """The inverse of `to_json`; raises ValueError for an unknown operator or wrong fields."""
-    kind = OPS.get(data[0])
-    if kind is None:
-        raise ValueError(f"unknown operator {data[0]!r}; known are {', '.join(OPS)}")
-    if len(data) - 1 != len(fields(kind)):
-        raise ValueError(f"operator {data[0]!r} takes {len(fields(kind))} numbers, got {data[1:]}")
-    return kind(*data[1:])
+    if not isinstance(data, list) or not data or not isinstance(data[0], str):
+        raise ValueError(f"an operator is a list that begins with its name, got {data!r}")
+    name, *numbers = data
+    if name not in OPS:
+        raise ValueError(f"unknown operator {name!r}; known are {', '.join(OPS)}")
+    wanted = len(fields(OPS[name]))
+    if len(numbers) != wanted or any(type(number) is not int for number in numbers):
+        raise ValueError(f"operator {name!r} takes {wanted} whole numbers, got {numbers}")
+    return OPS[name](*numbers)

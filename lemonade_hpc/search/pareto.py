@@ -10,6 +10,10 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import compress
+from math import isfinite
+from operator import and_, or_
 
 import moocore
 import numpy as np
@@ -41,24 +45,23 @@ def insert(front: Front, number: int, value: Sequence[float]) -> Front:
 
     Raises ValueError for a value that is not finite or of the wrong length.
     """
-    vector = np.asarray(value, dtype=np.float64)
-    if vector.shape != front.values.shape[1:] or not np.isfinite(vector).all():
+    vector = tuple(map(float, value))
+    if len(vector) != front.values.shape[1] or not all(map(isfinite, vector)):
         raise ValueError(f"child {number}: expected {front.values.shape[1]} finite objectives, got {list(value)}")
-    no_worse = (front.values <= vector).all(axis=1)
+    columns = list(zip(front.values.T, vector, strict=True))
+    no_worse = reduce(and_, (column <= limit for column, limit in columns))
     if no_worse.any():
         rival = int(no_worse.argmax())
-        if number > front.numbers[rival] or (front.values[rival] != vector).any():
+        if number > front.numbers[rival] or tuple(front.values[rival].tolist()) != vector:
             return front
-    keep = (front.values < vector).any(axis=1)
-    if keep.all():
-        numbers, values = front.numbers, front.values
-    else:
-        numbers = tuple(n for n, stays in zip(front.numbers, keep, strict=True) if stays)
-        values = front.values[keep]
+    keep = reduce(or_, (column < limit for column, limit in columns))
+    numbers = tuple(compress(front.numbers, keep.tolist()))
     at = bisect(numbers, number)
-    merged = np.empty((len(numbers) + 1, len(vector)))
-    merged[:at], merged[at], merged[at + 1 :] = values[:at], vector, values[at:]
-    return Front((*numbers[:at], number, *numbers[at:]), _frozen(merged))
+    values = np.empty((len(numbers) + 1, len(vector)), order="F")
+    for k, (column, limit) in enumerate(columns):
+        stays = column[keep]
+        values[:at, k], values[at, k], values[at + 1 :, k] = stays[:at], limit, stays[at:]
+    return Front((*numbers[:at], number, *numbers[at:]), _frozen(values))
 
 
 def hypervolume(values: Array, reference: Sequence[float]) -> float:
