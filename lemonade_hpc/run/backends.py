@@ -122,7 +122,6 @@ class LocalBackend:
             del self._jobs[name]
             shutil.rmtree(self._run / files.WORKERS / name / "job", ignore_errors=True)
 
-
     def close(self) -> None:  # noqa: D102
         deadline = time.monotonic() + CLOSE_S
         while self._jobs and time.monotonic() < deadline:

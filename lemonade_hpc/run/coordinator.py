@@ -19,8 +19,9 @@ from lemonade_hpc import files
 from lemonade_hpc.config import Config
 from lemonade_hpc.run import population, record
 from lemonade_hpc.run.backends import Backend
+from lemonade_hpc.run.journal import Event, Journal
 from lemonade_hpc.run.log import LogReader, LogWriter, Message
-from lemonade_hpc.run.record import Attempt, Event, History, Journal
+from lemonade_hpc.run.record import Attempt, History
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search import graph as graphs
 
@@ -159,7 +160,9 @@ class Coordinator:
             elif say == "bye":
                 crew.said_bye = message["reason"]
         if crew.reader.num_damaged:
-            self._observer.note(f"worker {crew.name}: a damaged message in {crew.reader.path}; its children go elsewhere")
+            self._observer.note(
+                f"worker {crew.name}: a damaged message in {crew.reader.path}; its children go elsewhere"
+            )
             self._backend.kill(crew.name)
             self._dismiss(crew)
 
@@ -190,7 +193,9 @@ class Coordinator:
             outcome = self._arrived.pop(number)
             self._record({"event": "committed", "outcome": outcome})
             if "failure" in outcome:
-                self._observer.note(f"child {number} failed: {outcome['failure']['kind']}: {outcome['failure']['reason']}")
+                self._observer.note(
+                    f"child {number} failed: {outcome['failure']['kind']}: {outcome['failure']['reason']}"
+                )
             committed, self._starved = True, False
         state = self.history.state
         if state.num_asks and not state.members and not state.in_flight:
@@ -239,7 +244,9 @@ class Coordinator:
         self._observer.note(reason)
         if self._misfortunes > MISFORTUNES_PER_WORKER * self.config.cluster.workers:
             self._write()
-            raise RunFailed(f"{self._misfortunes} workers in a row ended without training any child. The last: {reason}")
+            raise RunFailed(
+                f"{self._misfortunes} workers in a row ended without training any child. The last: {reason}"
+            )
 
     # ------------------------------------------------------------ children to workers
 

@@ -1,8 +1,8 @@
 """Append-only logs of checked lines: the journal and the mailboxes.
 
 Decides: the format of a line, `<link> <JSON>`, where the link is the start of the SHA-256 of the previous link and the
-JSON text: each line vouches for all before it, and a line missing in one copy is known again in another. A log has exactly one
-writer, ever, and exists before its reader starts. Nothing is trusted that does not check.
+JSON text: each line vouches for all before it, and a line missing in one copy is known again in another. A log has
+exactly one writer, ever, and exists before its reader starts. Nothing is trusted that does not check.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,11 +29,6 @@ def link(previous: str, body: str) -> str:
     return hashlib.sha256((previous + body).encode()).hexdigest()[:LINK_LENGTH]
 
 
-def line(previous: str, body: str) -> str:
-    """A line as it is written, newline included."""
-    return f"{link(previous, body)} {body}\n"
-
-
 class LogWriter:
     """Appends messages to a log. On a write error the log is cut back to its last whole line and OSError raised."""
 
@@ -43,13 +38,16 @@ class LogWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._size = os.fstat(self._file).st_size
 
-    def append(self, messages: Iterable[Message], *, durable: bool = True) -> list[str]:
-        """Write messages in one go, fsynced if durable; their JSON texts. Raises OSError, the log as before."""
-        bodies = [dumps(message) for message in messages]
+    def append(self, messages: Iterable[Message], *, durable: bool = True) -> None:
+        """Write messages in one go, fsynced if durable. Raises OSError, the log as before."""
+        self.append_texts([dumps(message) for message in messages], durable=durable)
+
+    def append_texts(self, bodies: Sequence[str], *, durable: bool = True) -> None:
+        """`append` of messages that are JSON texts already."""
         previous, text = self.previous, []
         for body in bodies:
-            text.append(line(previous, body))
             previous = link(previous, body)
+            text.append(f"{previous} {body}\n")
         content = "".join(text).encode()
         try:
             written = 0
@@ -63,7 +61,6 @@ class LogWriter:
             raise
         self._size += len(content)
         self.previous = previous
-        return bodies
 
     def close(self) -> None:
         """Close the file; the log stays."""
@@ -116,18 +113,18 @@ class LogReader:
         self._offset = 0
         self._previous = START
 
-    def poll(self) -> Iterator[Message]:
+    def poll(self) -> list[Message]:
         """New messages since the last poll, in order. A damaged line is counted and passed over."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self._offset)
                 content = file.read()
         except FileNotFoundError:
-            return
+            return []
         lines, rest = parse(content, self._previous)
         self._offset += len(content) - len(rest)
-        for _, self._previous, body in lines:
-            if body is None:
-                self.num_damaged += 1
-            else:
-                yield json.loads(body)
+        if lines:
+            self._previous = lines[-1][1]
+        bodies = [body for _, _, body in lines if body is not None]
+        self.num_damaged += len(lines) - len(bodies)
+        return [json.loads(body) for body in bodies]

@@ -10,7 +10,8 @@ from typing import Any
 
 from lemonade_hpc import __version__
 from lemonade_hpc.run import record, store
-from lemonade_hpc.run.record import Event, History
+from lemonade_hpc.run.journal import Event
+from lemonade_hpc.run.record import History
 from lemonade_hpc.search.evolution import Problem
 
 Row = dict[str, Any]

@@ -1,17 +1,12 @@
 """The record of a run: ordered events, from which everything else is derived.
 
-Decides: what an event is, what it changes (`History`), how a run folder is read, and who may write it (`open_epoch`). The
-journal of an epoch is written twice, so that a flipped bit or a cut in one copy is bridged by the other. An epoch is
-one coordinator's life: its folder, made complete and renamed into place, is the lease. Lines that a superseded
-coordinator still writes stand behind the point where its successor continued, and are void.
+Decides: what an event is, and what it changes (`History`). Where events are kept and which of them are in effect is
+`journal.py`'s, who may write the next one `lease.py`'s.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,8 +16,9 @@ from typing import Any
 from lemonade_hpc import __version__, files
 from lemonade_hpc.config import Config, ConfigError, from_dict, to_dict
 from lemonade_hpc.data import DataSet
-from lemonade_hpc.run import owner
-from lemonade_hpc.run.log import LogWriter, walk
+from lemonade_hpc.run import journal
+from lemonade_hpc.run.journal import Event
+from lemonade_hpc.run.journal import RecordError as RecordError
 from lemonade_hpc.search import evolution, morphisms
 from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search.evolution import Child, Drawn, Outcome, Problem
@@ -31,15 +27,8 @@ from lemonade_hpc.search.ops import Signature
 SCHEMA = 1
 """Version of the run folder's layout. A newer one is refused."""
 
-Event = dict[str, Any]
-
-
-class RecordError(RuntimeError):
-    """The record is damaged beyond repair: says where and what is lost. Exit code 1."""
-
-
-class Held(ConfigError):
-    """Another coordinator holds the run. Exit code 2."""
+DATA_KEYS = ("checksum", "shape", "num_classes", "majority_error", "num_train", "num_validation", "num_test")
+"""What `run.json` says of the data."""
 
 
 # ---------------------------------------------------------------- identity
@@ -70,11 +59,13 @@ def read_identity(run: Path) -> dict[str, Any]:
     path = run / files.RUN
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        schema = content["schema"]
+        schema = int(content["schema"])
+        if schema <= SCHEMA:
+            _ = [content[key] for key in ("run", "config", "reference")] + [content["data"][key] for key in DATA_KEYS]
     except FileNotFoundError:
         raise ConfigError(f"{run}: not a run folder (it has no {files.RUN})") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
     if schema > SCHEMA:
         raise ConfigError(f"{path}: written by a newer version (schema {schema}, this one reads up to {SCHEMA})")
     return content
@@ -252,134 +243,30 @@ class Loaded:
     link: str
     warnings: tuple[str, ...]
     mended: dict[Path, bytes]
-    """Damaged copies of journals, as they should be; `open_epoch` puts them back."""
+    """Copies of journals that lack lines, as they should be; `lease.open_epoch` puts them back."""
 
 
 def load(run: Path, fixed: Problem, upto: list[Event] | None = None) -> Loaded:
-    """Read all epochs' journals; raises RecordError for what both copies of a journal have lost.
+    """Read all epochs' journals; raises RecordError for what is lost, and for events that contradict one another.
 
     `upto`, if given, receives every event in effect, in order, the beginnings of epochs among them.
     """
-    history, warnings, mended = History(fixed), list[str](), dict[Path, bytes]()
-    number, link = 0, ""
-    for number, lines in _effective(run, warnings, mended):
-        for link, body in lines:
+    history, found = History(fixed), journal.read(run)
+    for number, lines in found.epochs:
+        for _, body in lines:
             event = json.loads(body)
-            if event["event"] != "epoch":
-                history.apply(event)
             if upto is not None:
                 upto.append(event)
-    return Loaded(history, number, link, tuple(warnings), mended)
+            if event["event"] != "epoch":
+                _apply(history, event, run / files.epoch_folder(number))
+    return Loaded(history, *found.end, tuple(found.warnings), found.mended)
 
 
-def _effective(run: Path, warnings: list[str], mended: dict[Path, bytes]) -> list[tuple[int, list[tuple[str, str]]]]:
-    """For each epoch that counts, oldest first, its lines in effect as (link, JSON text)."""
-    found: list[tuple[int, list[tuple[str, str]]]] = []
-    until: str | None = None
-    wanted = max(files.epochs(run), default=0)
-    while wanted:
-        lines = _journal(run, wanted, warnings, mended)
-        if until is not None:
-            links = [link for link, _ in lines]
-            if until not in links:
-                raise RecordError(
-                    f"{run / files.epoch_folder(wanted)}: both copies of the journal are damaged after line {len(lines)}; "
-                    f"a later coordinator has seen more. What was recorded in between is lost."
-                )
-            lines = lines[: links.index(until) + 1]
-        if not lines:
-            raise RecordError(f"{run / files.epoch_folder(wanted)}: both copies of the journal have lost their first line")
-        found.append((wanted, lines))
-        before = json.loads(lines[0][1])["continues"]
-        wanted, until = (before["epoch"], before["link"]) if before else (0, None)
-    return found[::-1]
-
-
-def _journal(run: Path, epoch: int, warnings: list[str], mended: dict[Path, bytes]) -> list[tuple[str, str]]:
-    """An epoch's intact lines, from both copies; a difference that a crash cannot explain is a warning."""
-    paths = [run / path for path in files.journals(epoch)]
-    contents = [path.read_bytes() if path.exists() else b"" for path in paths]
-    lines = walk(contents)
-    for k, (path, content) in enumerate(zip(paths, contents, strict=True)):
-        own = len(walk([content]))
-        crash = k == 1 and content.count(b"\n") == own  # the copy is written last: it may lack the newest lines
-        if own < len(lines) and not crash:
-            warnings.append(f"{path}: damaged after line {own}; {len(lines) - own} lines were read from the other copy")
-            mended[path] = "".join(f"{link} {body}\n" for link, body in lines).encode()
-    return lines
-
-
-# ---------------------------------------------------------------- writing
-
-
-class Journal:
-    """The two copies of one epoch's journal, written one after the other."""
-
-    def __init__(self, run: Path, epoch: int, link: str) -> None:
-        self.epoch = epoch
-        self._writers = [LogWriter(run / path, link) for path in files.journals(epoch)]
-
-    def append(self, events: list[Event]) -> None:
-        """Make events durable in both copies. Raises OSError; whether they count is then seen by reading again."""
-        for writer in self._writers:
-            writer.append(events)
-
-    def close(self) -> None:
-        """Close both files."""
-        for writer in self._writers:
-            writer.close()
-
-
-def open_epoch(
-    run: Path, config: Config, loaded: Loaded, workers: Iterable[str], *, take_over: bool
-) -> tuple[int, Journal]:
-    """Become the run's coordinator: the new epoch's number and journal.
-
-    The epoch's folder, with owner, journal and the mailboxes of adopted `workers`, is made aside and renamed into place,
-    which is atomic and fails if another coordinator was faster. Raises Held if the run is another's.
-    """
-    check_free(run, take_over=take_over)
-    number = loaded.epoch + 1
-    aside = run / files.EPOCHS / f"{files.TEMPORARY}{uuid.uuid4().hex}"
-    aside.mkdir(parents=True)
-    before = {"epoch": loaded.epoch, "records": loaded.history.num_records, "link": loaded.link}
-    continues = before if loaded.epoch else None
-    header = {"event": "epoch", "epoch": number, "continues": continues, "children": config.search.children}
+def _apply(history: History, event: Event, where: Path) -> None:
     try:
-        who = {"owner": owner.identity(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": __version__}
-        files.write_json(aside / "owner.json", who | {"config": to_dict(config)})
-        files.write(aside / "heartbeat", b"")
-        for name in files.journals(number):
-            with LogWriter(aside / name.name) as writer:
-                writer.append([header])
-                link = writer.previous
-        for worker in workers:
-            (aside / "workers" / worker).mkdir(parents=True)
-            files.write(aside / "workers" / worker / "assigned.log", b"")
-        os.rename(aside, run / files.epoch_folder(number))
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if (run / files.epoch_folder(number)).exists():
-            check_free(run, take_over=False)
-            raise Held(f"{run}: another coordinator has just started") from error
-        raise
-    files.sync_folder(run / files.EPOCHS)
-    for path, content in loaded.mended.items():
-        files.write(path, content)
-    return number, Journal(run, number, link)
-
-
-def check_free(run: Path, *, take_over: bool) -> None:
-    """Raise Held unless the last epoch's owner is gone, or `take_over` says that a person knows it is."""
-    numbers = files.epochs(run)
-    if not numbers or take_over:
-        return
-    who = json.loads((run / files.owner(numbers[-1])).read_text())["owner"]
-    verdict = owner.judge(who)
-    if verdict == "alive":
-        raise Held(f"{run}: held by {owner.describe(who)}, which is running. Stop it first, or use another --run folder")
-    if verdict == "unknown":
-        raise Held(
-            f"{run}: last held by {owner.describe(who)}; whether it still runs cannot be told from here. "
-            f"If you know that it does not, add --take-over"
-        )
+        history.apply(event)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"{where}: event {history.num_records} of the run, {event['event']!r}, does not follow from those before "
+            f"it ({type(error).__name__}: {error})"
+        ) from error

@@ -17,7 +17,7 @@ from typing import Any
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
-from lemonade_hpc.run import owner, population, record
+from lemonade_hpc.run import lease, owner, population, record
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
 from lemonade_hpc.run.log import LogReader
@@ -48,7 +48,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
         if history.state.complete and done is not None and population.damage(run, done) is None:
             return history
         names = sorted({*_living(run), *_owing(history)})
-        epoch, journal = record.open_epoch(run, config, loaded, names, take_over=take_over)
+        epoch, journal = lease.open_epoch(run, config, loaded, names, take_over=take_over)
         coordinator = Coordinator(run, config, history, journal, _backend(run, config), observer)
         with _signals(coordinator):
             try:

@@ -81,9 +81,7 @@ def status(run: Path) -> dict[str, Any]:
         "hypervolume": hypervolumes(history),
         "front": front(history),
         "workers": [_worker(run, name) for name in sorted({attempt.worker for attempt in attempts})],
-        "failures": [
-            {"child": o["child"], **o["failure"]} for o in history.failures[-NUM_FAILURES:]
-        ],
+        "failures": [{"child": o["child"], **o["failure"]} for o in history.failures[-NUM_FAILURES:]],
     }
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from lemonade_hpc import files
 from lemonade_hpc.run import population, record, status
 from lemonade_hpc.run.coordinator import MAX_WORKER_LOSSES
-from lemonade_hpc.run.record import Event, History
+from lemonade_hpc.run.journal import Event
+from lemonade_hpc.run.record import History
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
 

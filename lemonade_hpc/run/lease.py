@@ -1,0 +1,123 @@
+"""Who may write the record: the lease of a run.
+
+Decides: whether a run is free, and how a coordinator becomes its only one. An epoch is one coordinator's life; its
+folder, made complete and renamed into place, is the lease, for a rename succeeds once. No lock is ever taken. A
+coordinator that is superseded finds out by looking for a higher epoch; what it still writes lies in its own folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lemonade_hpc import __version__, files
+from lemonade_hpc.config import Config, ConfigError, to_dict
+from lemonade_hpc.run import journal, owner
+from lemonade_hpc.run.journal import Journal, RecordError
+from lemonade_hpc.run.log import LogWriter
+from lemonade_hpc.run.record import Loaded
+
+
+class Held(ConfigError):  # noqa: N818
+    """Another coordinator holds the run. Exit code 2."""
+
+
+def read_owner(run: Path, epoch: int) -> dict[str, Any]:
+    """Who holds an epoch, since when, with which configuration; raises RecordError."""
+    path = run / files.owner(epoch)
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: cannot be read: {error}") from error
+    return content
+
+
+def open_epoch(
+    run: Path, config: Config, loaded: Loaded, workers: Iterable[str], *, take_over: bool
+) -> tuple[int, Journal]:
+    """Become the run's coordinator: the new epoch's number and journal.
+
+    The epoch's folder, with owner, journal and the mailboxes of adopted `workers`, is made aside and renamed into
+    place, which is atomic and fails if another coordinator was faster. Raises Held if the run is another's.
+    """
+    check_free(run, take_over=take_over)
+    number = loaded.epoch + 1
+    aside = run / files.EPOCHS / f"{files.TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        aside.mkdir(parents=True)
+        link = _prepare(aside, number, config, loaded, workers)
+        if take_over:
+            _check_silent(run, loaded)
+        os.rename(aside, run / files.epoch_folder(number))
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if (run / files.epoch_folder(number)).exists():
+            check_free(run, take_over=False)
+            raise Held(f"{run}: another coordinator has just started") from error
+        raise
+    for folder in (run / files.EPOCHS, run):
+        files.sync_folder(folder)
+    for path, content in loaded.mended.items():
+        files.write(path, content)
+    return number, Journal(run, number, link)
+
+
+def _prepare(aside: Path, number: int, config: Config, loaded: Loaded, workers: Iterable[str]) -> str:
+    """Fill a new epoch's folder; the link of its journal's first line."""
+    before = {"epoch": loaded.epoch, "records": loaded.history.num_records, "link": loaded.link}
+    header = {
+        "event": "epoch",
+        "epoch": number,
+        "continues": before if loaded.epoch else None,
+        "children": config.search.children,
+        "retries": config.cluster.retries,
+    }
+    who = {"owner": owner.identity(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": __version__}
+    files.write_json(aside / "owner.json", who | {"config": to_dict(config)})
+    files.write(aside / "heartbeat", b"")
+    for name in files.journals(number):
+        with LogWriter(aside / name.name) as writer:
+            writer.append([header])
+            link = writer.previous
+    for worker in workers:
+        (aside / "workers" / worker).mkdir(parents=True)
+        files.write(aside / "workers" / worker / "assigned.log", b"")
+    return link
+
+
+def check_free(run: Path, *, take_over: bool) -> None:
+    """Raise Held unless the last epoch's owner is gone, or `take_over` says that a person knows it is."""
+    numbers = files.epochs(run)
+    if not numbers or take_over:
+        return
+    try:
+        who = read_owner(run, numbers[-1])["owner"]
+        verdict = owner.judge(who)
+    except (RecordError, KeyError) as error:
+        raise Held(
+            f"{run}: who holds it cannot be told: {error}. If you know that nobody does, add --take-over"
+        ) from error
+    if verdict == "alive":
+        raise Held(
+            f"{run}: held by {owner.describe(who)}, which is running. Stop it first, or use another --run folder"
+        )
+    if verdict == "unknown":
+        raise Held(
+            f"{run}: last held by {owner.describe(who)}; whether it still runs cannot be told from here. "
+            f"If you know that it does not, add --take-over"
+        )
+
+
+def _check_silent(run: Path, loaded: Loaded) -> None:
+    """Refuse to take over from a coordinator that has written since the record was read: it is alive.
+
+    Its new lines would be void, though it may have deleted weights on their strength.
+    """
+    if journal.read(run).end != (loaded.epoch, loaded.link):
+        raise Held(f"{run}: its coordinator is at work: it has just written to its journal. Stop it first")
