@@ -7,12 +7,14 @@ the YAML itself, never imports torch. The paper's values (section Experiments an
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 DATA_SETS = ("digits", "mnist5k", "cifar10", "cifar100", "npz", "module:function")
 CHEAP_OBJECTIVES = ("params", "macs")
@@ -20,10 +22,27 @@ EXPENSIVE_OBJECTIVES = ("val_error",)
 Operator = Literal["insert", "widen", "skip", "remove", "prune", "separable"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+def _number(value: Any) -> Any:
+    """Read text as a number where it is one: YAML 1.1 takes `1e-3` and `2.0e6` for text. All else stays as it is."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    return value
+
+
+def _whole(value: Any) -> Any:
+    """Read `5.0` and `5e3` as whole numbers. All else stays as it is."""
+    number = _number(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Real = Annotated[float, BeforeValidator(_number)]
 
 
 class ConfigError(ValueError):
@@ -31,6 +50,8 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
+    """Frozen, and strict: no unknown key, no number for a text, no text for a truth value."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -53,8 +74,8 @@ class Objective(_Section):
     """One objective, minimised. `max` and `min` are hard limits on a cheap objective, checked before any training."""
 
     name: Literal["val_error", "params", "macs"]
-    max: Annotated[Finite, Field(gt=0)] | None = None
-    min: Annotated[Finite, Field(ge=0)] | None = None
+    max: Annotated[Real, Field(gt=0)] | None = None
+    min: Annotated[Real, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _limits_make_sense(self) -> Objective:
@@ -72,7 +93,9 @@ class Search(_Section):
     proposals: Positive = Field(200, description="candidates drawn per ask (the paper's n_pc)")
     accepted: Positive = Field(50, description="children per generation (the paper's n_ac)")
     children: Count = Field(5000, description="budget: distinct children asked after the initial networks")
-    operators: tuple[Operator, ...] = Field(OPERATORS, description="those that children may be made by")
+    operators: Annotated[tuple[Operator, ...], Field(strict=False)] = Field(
+        OPERATORS, description="those that children may be made by"
+    )
     max_edits: Positive = Field(3, description="operators applied per child, uniform in 1..max_edits")
     sampling: Literal["density", "uniform"] = Field(
         "density", description="both stages: inverse density, or uniform (ablation)"
@@ -88,29 +111,31 @@ class Search(_Section):
     def _enough(self) -> Search:
         if not self.operators:
             raise ValueError(f"operators is empty; allowed are {', '.join(OPERATORS)}")
+        if len(set(self.operators)) < len(self.operators):
+            raise ValueError(f"operators: one occurs twice in {', '.join(self.operators)}")
         if self.proposals < self.accepted:
-            raise ValueError(f"proposals ({self.proposals}) must be at least accepted ({self.accepted})")
+            raise ValueError(f"proposals ({self.proposals}) must be at least accepted ({self.accepted}); set both")
         return self
 
 
 class Training(_Section):
-    """How a child is trained (paper, appendix on the training pipeline). None: the default follows the data set."""
+    """How a child is trained (paper, appendix on the training pipeline)."""
 
     epochs: Positive | None = Field(None, description="of a child")
     initial_epochs: Positive | None = Field(None, description="of a network without a parent")
     distill_epochs: Count | None = Field(None, description="epochs of distillation after an approximate operator")
-    distill_temperature: Annotated[float, Field(gt=0)] = Field(3.0, description="softens the parent's answers")
+    distill_temperature: Annotated[Real, Field(gt=0)] = Field(3.0, description="softens the parent's answers")
     batch_size: Positive = 64
-    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="initial rate of SGD; cosine to 0")
-    initial_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="for networks without a parent")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    lr: Annotated[Real, Field(gt=0)] | None = Field(None, description="initial rate of SGD; cosine to 0")
+    initial_lr: Annotated[Real, Field(gt=0)] | None = Field(None, description="for networks without a parent")
+    momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[Real, Field(ge=0)] = 5e-4
     pad: Count | None = Field(None, description="random crop after padding by this many pixels")
     flip: bool | None = Field(None, description="random horizontal flip")
     cutout: Count | None = Field(None, description="side of the square that is erased, in pixels")
-    mixup: Annotated[float, Field(ge=0)] | None = Field(None, description="alpha of the Beta distribution; 0: off")
+    mixup: Annotated[Real, Field(ge=0)] | None = Field(None, description="alpha of the Beta distribution; 0: off")
     inserted_bn: Literal["measured", "unit"] = Field(
-        "measured", description="statistics of an inserted BatchNorm: those of its input, or mean 0 and variance 1"
+        "measured", description="statistics of an inserted BatchNorm: its input's, or 0 and 1"
     )
     deterministic: bool | None = Field(None, description="default: true in generational mode")
 
@@ -122,8 +147,8 @@ class Cluster(_Section):
     workers: Positive = Field(2, description="trained at the same time")
     cpus_per_worker: Positive = Field(1, description="threads of a worker; small networks do best with 1")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    idle_exit_min: Annotated[float, Field(gt=0)] = Field(10.0, description="a worker without work leaves after this")
-    child_timeout_min: Annotated[float, Field(gt=0)] = Field(240.0, description="a child that takes longer fails")
+    idle_exit_min: Annotated[Real, Field(gt=0)] = Field(10.0, description="a worker without work leaves after this")
+    child_timeout_min: Annotated[Real, Field(gt=0)] = Field(240.0, description="a child that takes longer fails")
     retries: Count = Field(2, description="further attempts after a worker or trainer process died")
 
 
@@ -140,7 +165,10 @@ class Config(_Section):
     seed: Count = 0
     data: Data
     space: Space = Space()
-    objectives: tuple[Objective, ...] = (Objective(name="val_error"), Objective(name="params"))
+    objectives: Annotated[tuple[Objective, ...], Field(strict=False)] = (
+        Objective(name="val_error"),
+        Objective(name="params"),
+    )
     search: Search = Search()
     training: Training = Training()
     cluster: Cluster = Cluster()
@@ -165,114 +193,131 @@ class Config(_Section):
 def load(source: str) -> Config:
     """Read a configuration: a YAML file's path or a shipped name (`digits`).
 
-    Raises ConfigError naming the file, the key, what was given and what is allowed.
+    A folder of a shipped name, such as the one `search digits` makes, does not hide the shipped file. Raises
+    ConfigError naming the file, the key, what was given and what is allowed.
     """
-    path = Path(source)
-    if not path.exists():
-        shipped = resources.files("lemonade_hpc").joinpath("configs", f"{source}.yaml")
-        if not shipped.is_file():
-            raise ConfigError(f"{source}: no such file, and no shipped configuration; shipped are {', '.join(shipped_names())}")
-        return parse(shipped.read_text(), source)
+    file: Traversable = Path(source)
+    if source in shipped_names() and not file.is_file():
+        file = _shipped() / f"{source}.yaml"
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source}: cannot be read: {error}") from error
-    return parse(text, source)
+        content = file.read_bytes()
+    except FileNotFoundError:
+        known = [*shipped_names(), *map(str, Path(source).parent.glob("*.y*ml"))]
+        shipped = ", ".join(shipped_names())
+        raise ConfigError(f"{source}: no such file{_hint(source, known)} Shipped are: {shipped}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{source}: a folder; give the YAML file of the search, and the folder by --run") from None
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from error
+    return parse(content, source)
 
 
 def shipped_names() -> list[str]:
-    """The configurations that come with the package."""
-    folder = resources.files("lemonade_hpc").joinpath("configs")
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    """List the configurations that come with the package."""
+    return sorted(item.name.removesuffix(".yaml") for item in _shipped().iterdir() if item.name.endswith(".yaml"))
 
 
-def parse(text: str, source: str) -> Config:
+def _shipped() -> Traversable:
+    return resources.files("lemonade_hpc") / "configs"
+
+
+def parse(content: str | bytes, source: str) -> Config:
     """Check YAML text; `source` names it in errors."""
     try:
-        given = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+        given = yaml.safe_load(content)
+        repeated = list(_repeated(yaml.compose(content, Loader=yaml.SafeLoader)))
+    except Exception as error:  # PyYAML lets ValueError, KeyError and others escape, as on the date 2024-13-01
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if repeated:
+        raise ConfigError("\n".join(f"{source}: {text}" for text in repeated))
     if not isinstance(given, dict):
-        raise ConfigError(f"{source}: expected keys such as 'data:', got {type(given).__name__}")
-    return from_dict(given, source)
+        what = "it is empty" if given is None else f"got {given!r:.60}"
+        raise ConfigError(f"{source}: expected keys, at least 'data: {{name: digits}}'; {what}")
+    empty = {key for key, value in given.items() if value is None and key in Config.model_fields}
+    return from_dict({key: value for key, value in given.items() if key not in empty}, source)
+
+
+def _repeated(node: yaml.Node | None) -> Iterator[str]:
+    """Find keys that stand twice in a mapping: YAML would keep the last one, in silence."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated(item)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                yield f"the key '{name}' is given twice, in lines {lines[name]} and {line}; remove one"
+            lines[name] = line
+            yield from _repeated(value)
 
 
 def from_dict(given: dict[str, Any], source: str) -> Config:
     """Check a mapping; `source` names it in errors."""
     try:
-        return Config.model_validate(_tuples(given))
+        return Config.model_validate(given)
     except ValidationError as error:
         lines = [f"{source}: {_explain(item)}" for item in error.errors()]
         raise ConfigError("\n".join(lines)) from error
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The JSON form, complete: what `run.json` stores and `from_dict` reads back."""
+    """Give the JSON form, complete: what `run.json` stores and `from_dict` reads back."""
     return config.model_dump(mode="json")
 
 
-def _tuples(value: Any) -> Any:
-    """Lists to tuples and whole floats kept as they are, so that strict checking accepts YAML's lists."""
-    if isinstance(value, dict):
-        return {str(key): _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+_ALLOWED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text; write it in quotes",
+    "tuple_type": "a list, in brackets or with a dash before each entry",
+    "literal_error": "{expected}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than": "below {lt}",
+}
+"""What pydantic's errors ask for, in words."""
 
 
 def _explain(item: Any) -> str:
-    """One pydantic error in the user's words: the key, what was given, what is allowed."""
-    where = [part for part in item["loc"] if not str(part).startswith("function-")]
-    key = ".".join(str(part) for part in where)
-    given = item.get("input")
-    if item["type"] == "extra_forbidden":
-        valid = sorted(_section(where[:-1]).model_fields)
-        near = difflib.get_close_matches(str(where[-1]), valid, 1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        return f"unknown key '{key}'.{hint} Valid keys here: {', '.join(valid)}"
-    if item["type"] == "missing":
+    """Say one pydantic error in the user's words: the key, what was given, what is allowed."""
+    where, kind, key = list(item["loc"]), item["type"], ".".join(map(str, item["loc"]))
+    got = f"{key}: got {'no value' if item['input'] is None else repr(item['input'])}"
+    if kind in ("extra_forbidden", "invalid_key"):
+        return _unknown(where)
+    if kind == "missing":
         return f"the key '{key}' is required"
-    if item["type"] == "value_error":
+    if kind == "value_error":
         return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
-    return f"{key}: {item['msg']}, got {given!r}"
+    if kind == "model_type":
+        first, *more = _section(where).model_fields
+        return f"{got}; it must hold keys, as in {{{first}: ...}}; allowed are {', '.join([first, *more])}"
+    allowed = _ALLOWED[kind].format(**item.get("ctx", {})) if kind in _ALLOWED else item["msg"]
+    hint = _hint(item["input"], allowed.split("'")[1::2]) if kind == "literal_error" else ""
+    return f"{got}; it must be {allowed}{hint}"
+
+
+def _unknown(where: list[Any]) -> str:
+    """Answer an unknown key with the valid ones and the nearest match, or the section that it belongs to."""
+    word, valid = str(where[-1]), sorted(_section(where[:-1]).model_fields)
+    homes = [k for k, field in Config.model_fields.items() if word in getattr(field.annotation, "model_fields", ())]
+    hint = f". Did you mean '{homes[0]}.{word}'?" if homes else _hint(word, valid)
+    return f"unknown key '{'.'.join(map(str, where))}'{hint} Valid keys here: {', '.join(valid)}"
+
+
+def _hint(given: Any, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(given), known, 1)
+    return f". Did you mean '{near[0]}'?" if near else "."
 
 
 def _section(where: list[Any]) -> type[BaseModel]:
-    model: type[BaseModel] = Config
-    for part in where:
-        if isinstance(part, int):
-            continue
-        annotation: Any = model.model_fields[str(part)].annotation
-        if part == "objectives":
-            annotation = Objective
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
-    return model
-
-
-def template() -> str:
-    """A commented YAML file with every key: what `init` writes. Keys that are not set take the default shown."""
-    lines = ["# One search. Only `data` is required; every other line shows its default.", ""]
-    for name, field in Config.model_fields.items():
-        section = _section([name])
-        if section is Config:
-            lines.append(f"{name}: {field.default}")
-        elif name == "objectives":
-            lines += ["# Minimised; cheap ones (params, macs) take hard limits `max` and `min`.", "objectives:"]
-            lines += ["  - {name: val_error}", "  - {name: params}    # max: 2.0e6"]
-        else:
-            lines += [f"# {(section.__doc__ or '').strip()}", f"{name}:"]
-            lines += [_template_line(key, item) for key, item in section.model_fields.items()]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _template_line(key: str, field: Any) -> str:
-    """One key of a section; commented out where its default is found later."""
-    if field.is_required():
-        return f"  {key}: digits    # {field.description}"
-    default = field.default
-    value = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
-    value = value.removesuffix("\n").removesuffix("...").strip()
-    note = f"    # {field.description}" if field.description else ""
-    return f"  # {key}:{note}" if default is None else f"  {key}: {value}{note}"
+    """Find the model whose keys stand at a place."""
+    section: Any = Config.model_fields[where[0]].annotation if where else Config
+    return Objective if where and where[0] == "objectives" else section
 
 
 def resolve(config: Config, shape: tuple[int, int, int]) -> Config:
@@ -294,4 +339,11 @@ def resolve(config: Config, shape: tuple[int, int, int]) -> Config:
         "deterministic": config.search.mode == "generational",
     }
     chosen = {key: value for key, value in defaults.items() if getattr(config.training, key) is None}
-    return config.model_copy(update={"training": config.training.model_copy(update=chosen)})
+    training = config.training.model_copy(update=chosen)
+    for key in ("pad", "cutout"):
+        if getattr(training, key) > min(shape[1:]):
+            raise ConfigError(
+                f"training.{key}: got {getattr(training, key)}; the images have {shape[1]} x {shape[2]} pixels, "
+                f"so it must be at most {min(shape[1:])}"
+            )
+    return config.model_copy(update={"training": training})

@@ -1,0 +1,1 @@
+"""What people look at: tables, progress, figures, and the commented YAML file to start from."""
