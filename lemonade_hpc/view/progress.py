@@ -9,43 +9,38 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lemonade_hpc.run import status
 from lemonade_hpc.run.record import History
 
 LINE_EVERY_S = 10.0
+SPEED_OVER_S = 3600.0
+"""The time left is reckoned from the children of the last hour: on large data one takes minutes."""
 
 
 def _standing(history: History) -> str:
-    """`front 9, error 1.4 % to 12.0 %, hypervolume 1.45 (+0.31)`."""
+    """Write `front 9, error 1.4 to 12.0 %, hypervolume +0.310`, the gain over the initial networks."""
     members = status.front(history)
     if not members:
         return "waiting for the initial networks"
     errors = [member["objectives"]["val_error"] for member in members]
     volume = status.hypervolumes(history)
-    gain = f" ({volume['front'] - volume['initial']:+.3f})" if volume["front"] and volume["initial"] else ""
-    return f"front {len(members)}, error {100 * min(errors):.1f} to {100 * max(errors):.1f} %, hypervolume {volume['front']:.3f}{gain}"
+    front, initial = volume["front"], volume["initial"]
+    gain = "" if front is None or initial is None else f", hypervolume {front - initial:+.3f}"
+    return f"front {len(members)}, error {100 * min(errors):.1f} to {100 * max(errors):.1f} %{gain}"
 
 
 class ProgressView:
-    """An observer of the coordinator, as a context."""
+    """An observer of the coordinator, as a context. Shows nothing before the first update."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar: Progress | None = None
         self._spoken_at = 0.0
         self._committed = -1
-        if console.is_terminal:
-            columns = (
-                BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-            )  # fmt: skip
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("starting workers", total=None)
 
     def __enter__(self) -> ProgressView:
-        if self._bar is not None:
-            self._bar.start()
         return self
 
     def __exit__(
@@ -55,18 +50,38 @@ class ProgressView:
             self._bar.stop()
 
     def update(self, history: History, workers: dict[str, str]) -> None:
-        """After every commit, and every few seconds."""
-        state = history.state
-        total = state.num_initial + state.problem.config.search.children
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.num_committed, total=total, description=_standing(history))
+        """Show the standing: after every commit, and every few seconds."""
+        done = history.state.num_committed
+        total = history.state.num_initial + history.state.problem.config.search.children
+        if self._console.is_terminal:
+            self._draw(done, total, _standing(history))
             return
         now = time.monotonic()
-        finished = state.num_committed == total
-        if state.num_committed != self._committed and (now - self._spoken_at > LINE_EVERY_S or finished):
-            self._spoken_at, self._committed = now, state.num_committed
-            self._console.print(f"{state.num_committed}/{total} children, {_standing(history)}")
+        due = self._committed < 0 or now - self._spoken_at > LINE_EVERY_S or history.state.complete
+        if done != self._committed and due:
+            self._spoken_at, self._committed = now, done
+            self._line(f"{done}/{total} children, {_standing(history)}")
 
     def note(self, text: str) -> None:
-        """Something a person should read."""
-        self._console.print(text, style="yellow")
+        """Show something that a person should read."""
+        if self._console.is_terminal:
+            self._console.print(text, style="yellow", markup=False)
+        else:
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        """Write one line of a log, unbroken, with the time of day."""
+        self._console.print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", markup=False, soft_wrap=True)
+
+    def _draw(self, done: int, total: int, text: str) -> None:
+        if self._bar is None:
+            columns = (
+                BarColumn(bar_width=10),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("left  {task.description}", markup=False),
+            )
+            self._bar = Progress(*columns, console=self._console, speed_estimate_period=SPEED_OVER_S)
+            self._task = self._bar.add_task(text, completed=done, total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done, total=total, description=text)

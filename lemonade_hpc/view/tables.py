@@ -1,6 +1,7 @@
 """Tables for people: the front, the state of a run, the checks of `verify`.
 
-Decides: how numbers are written. An error measured on few images has an interval, and it is shown.
+Decides: how numbers are written, and what gives way in 80 columns. An error measured on few images has an interval, and
+it is shown. Nothing printed is taken for markup: paths and error messages hold brackets too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,12 +18,19 @@ from rich.text import Text
 from lemonade_hpc.search.morphisms import Edit
 from lemonade_hpc.search.morphisms import from_json as edits_from_json
 
-HEADINGS = {"val_error": "validation error [95 %]", "params": "parameters", "macs": "multiply-adds"}
-Z_95 = 1.959964
+HEADINGS = {
+    "val_error": "validation error\n[95 %]",
+    "test_error": "test error\n[95 %]",
+    "params": "parameters",
+    "macs": "multiply-\nadds",
+}
+Z_95 = 1.959963984540054
+LOG_WIDTH = 160
+"""Columns of a table that goes to a file or a pipe."""
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share seen on `count` images (Wilson, 1927)."""
+    """Give the 95 % interval of a share seen on `count` images (Wilson, 1927)."""
     spread = Z_95**2 / count
     centre = (share + spread / 2) / (1 + spread)
     half = Z_95 / (1 + spread) * sqrt(share * (1 - share) / count + spread / (4 * count))
@@ -29,85 +38,129 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def error_text(share: float, count: int) -> str:
-    """`1.4 % [0.6, 3.3]`."""
-    low, high = wilson(share, count)
-    return f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    """Write `1.4 % [0.6, 3.3]`; with more than 1,000 images one more digit means something."""
+    places = 1 if count <= 1000 else 2
+    low, high = (f"{100 * bound:.{places}f}" for bound in wilson(share, count))
+    return f"{100 * share:.{places}f} % [{low}, {high}]"
+
+
+def count_text(value: float) -> str:
+    """Write `26,274`, and from 10 million on `12.35 M` or `1.235 G`."""
+    for factor, unit in ((1e9, "G"), (1e6, "M")):
+        if value >= max(factor, 1e7):
+            return f"{value / factor:#.4g} {unit}"
+    return f"{value:,.0f}"
 
 
 def value_text(name: str, value: float, count: int) -> str:
-    """An objective's value as people read it; `count` images stand behind an error."""
-    return error_text(value, count) if name.endswith("error") else f"{value:,.0f}"
+    """Write an objective's value; `count` images stand behind an error."""
+    return error_text(value, count) if name.endswith("error") else count_text(value)
+
+
+def seconds_text(seconds: float) -> str:
+    """Write `95 s`, `12 min` or `3.4 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def gain_text(volume: Mapping[str, float | None]) -> str:
+    """Write what the search has gained over its initial networks, once all of those are trained."""
+    front, initial = volume["front"], volume["initial"]
+    if front is None or initial is None:
+        return "hypervolume: the initial networks are not all trained yet"
+    share = f" ({100 * (front - initial) / initial:+.0f} %)" if initial else ""
+    return f"hypervolume {front:.3f}, initial networks {initial:.3f}: gain {front - initial:+.3f}{share}"
 
 
 def lineage(edits: Sequence[Sequence[Any]]) -> str:
-    """`insert 5x5, widen x2`: what a child's last edits did."""
-    words = {
-        "insert": lambda edit: f"insert {edit.arg}x{edit.arg}",
-        "widen": lambda edit: f"widen x{edit.arg}",
-        "add": lambda edit: "skip (add)",
-        "concat": lambda edit: "skip (concat)",
-        "prune": lambda edit: f"prune 1/{edit.arg}",
-    }
-    return ", ".join(_say(words, edit) for edit in edits_from_json(edits)) or "initial"
+    """Write `insert 5x5, widen x2`: what made a child of its parent."""
+    return ", ".join(_edit_text(edit) for edit in edits_from_json(edits)) or "initial"
 
 
-def _say(words: Mapping[str, Any], edit: Edit) -> str:
-    return str(words[edit.kind](edit)) if edit.kind in words else edit.kind
+def _edit_text(edit: Edit) -> str:
+    return {
+        "insert": f"insert {edit.arg}x{edit.arg}",
+        "widen": f"widen x{edit.arg}",
+        "add": "skip (add)",
+        "concat": "skip (concat)",
+        "prune": f"prune 1/{edit.arg}",
+    }.get(edit.kind, edit.kind)
 
 
-def front_table(members: Sequence[dict[str, Any]], num_validation: int, test: Mapping[int, str] | None = None) -> Table:
-    """The front, one member a line; `test` adds test errors by child."""
-    table = Table(title=f"Pareto front, {len(members)} members", title_justify="left", header_style="bold")
-    names = list(members[0]["objectives"]) if members else []
-    table.add_column("child", justify="right")
-    for name in names:
-        table.add_column(HEADINGS.get(name, name), justify="right")
-    if test is not None:
-        table.add_column("test error [95 %]", justify="right")
-    table.add_column("parent", justify="right")
-    table.add_column("last edits")
+def front_table(
+    members: Sequence[dict[str, Any]],
+    num_validation: int,
+    test: Mapping[int, float] | None = None,
+    num_test: int = 0,
+) -> RenderableType:
+    """Show the front, one line a member.
+
+    Parent and edits come last; edits are cut short where the terminal is narrow. `test`, errors on `num_test` images by
+    child, takes their place.
+    """
+    if not members:
+        return Text("The front is empty: no network has been trained yet.")
+    table = Table(
+        title=f"Pareto front, {len(members)} member{'s' * (len(members) > 1)}",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    names = list(members[0]["objectives"])
+    headings = ["child", *(HEADINGS.get(name, name) for name in names)]
+    headings += ["parent"] if test is None else [HEADINGS["test_error"]]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    if test is None:
+        table.add_column("last edits", no_wrap=True, overflow="ellipsis")
     for member in members:
-        cells = [value_text(name, member["objectives"][name], num_validation) for name in names]
-        extra = [test[member["id"]]] if test is not None else []
-        parent = "-" if member["parent"] is None else str(member["parent"])
-        table.add_row(str(member["id"]), *cells, *extra, parent, lineage(member["edits"]))
+        cells = [str(member["id"])]
+        cells += [value_text(name, member["objectives"][name], num_validation) for name in names]
+        if test is None:
+            cells += ["-" if member["parent"] is None else str(member["parent"]), lineage(member["edits"])]
+        else:
+            cells.append(error_text(test[member["id"]], num_test))
+        table.add_row(*cells)
     return table
 
 
 def summary(data: Mapping[str, Any]) -> str:
-    """Two lines on a run: children and hypervolume."""
-    children, volume = data["children"], data["hypervolume"]
-    lines = [
+    """Write two lines on a run, `run.status.status` as given: children and hypervolume."""
+    children = data["children"]
+    return (
         f"{children['committed']} of {children['budget'] + children['initial']} children done "
         f"({children['initial']} initial), {children['failed']} failed, {children['in_flight']} in flight; "
-        f"{data['training_s']:.0f} s of training"
-    ]
-    if volume["initial"]:
-        gain = volume["front"] - volume["initial"]
-        lines.append(
-            f"hypervolume {volume['front']:.3f}, initial networks {volume['initial']:.3f}: "
-            f"gain {gain:+.3f} ({gain / volume['initial']:+.0%})"
-        )
-    return "\n".join(lines)
+        f"{seconds_text(data['training_s'])} of training\n{gain_text(data['hypervolume'])}"
+    )
 
 
 def status_view(data: Mapping[str, Any], num_validation: int) -> RenderableType:
-    """Everything `status` shows on a terminal."""
-    parts: list[RenderableType] = [Text(data["state"], style="bold"), Text(summary(data))]
+    """Show all of `run.status.status` on a terminal."""
+    state = data["state"]
+    advice = "; the same search command goes on" if state == "stopped" else ""
+    parts: list[RenderableType] = [Text(state + advice, style="bold"), Text(summary(data))]
     lost = {kind: count for kind, count in data["attempts_lost"].items() if count}
     if lost:
         parts.append(Text("attempts lost: " + ", ".join(f"{kind} {count}" for kind, count in lost.items())))
     parts += [Text(f"warning: {text}", style="yellow") for text in data["warnings"]]
     for worker in data["workers"]:
-        parts.append(Text(f"worker {worker['name']} on {worker['host']} ({worker['device']}): {worker['doing']}"))
-    for failure in data["failures"]:
+        where = f" on {worker['host']}" if worker["host"] else ""
+        device = f" ({worker['device']})" if worker["device"] else ""
+        parts.append(Text(f"worker {worker['name']}{where}{device}: {worker['doing']}"))
+    failures = data["failures"]
+    if len(failures) < data["children"]["failed"]:
+        parts.append(Text(f"the last {len(failures)} of {data['children']['failed']} failed children:", style="red"))
+    for failure in failures:
         parts.append(Text(f"child {failure['child']} failed ({failure['kind']}): {failure['reason']}", style="red"))
-    parts.append(front_table(data["front"], num_validation))
-    return Group(*parts)
+    return Group(*parts, Text(""), front_table(data["front"], num_validation))
 
 
 def checks_table(checks: Sequence[tuple[str, list[str]]]) -> Table:
-    """One line per check of `verify`, with what it found."""
+    """Show one line per check of `verify`, with what it found."""
     table = Table(show_header=False, box=None)
     for name, faults in checks:
         table.add_row(Text("ok", style="green") if not faults else Text("FAULT", style="red"), name)
@@ -117,6 +170,7 @@ def checks_table(checks: Sequence[tuple[str, list[str]]]) -> Table:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where tables go; wide enough in a log file that no line is broken."""
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+    """Open a stream for tables, wide enough in a file that no line is broken; brackets and colons stay as they are."""
+    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
+    made = Console(**plain)
+    return made if made.is_terminal else Console(**plain, width=LOG_WIDTH)
