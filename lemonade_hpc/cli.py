@@ -1,31 +1,43 @@
 """The command line: thin. Each command reads its arguments, calls one function, prints.
 
 Decides: exit codes (0 done, 1 the run failed, 2 the user's input is wrong, 3 stopped before complete: the same command
-goes on) and what goes to standard output. With `--json` that is one JSON document and nothing else.
+goes on) and what goes to standard output. With `--json` that is one JSON document and nothing else. A command imports
+what it needs when it runs, so that help and mistakes in the input are answered at once, without torch or matplotlib.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from lemonade_hpc import __version__, config
+from lemonade_hpc import __version__, config, files
+
+if TYPE_CHECKING:
+    from lemonade_hpc.run.record import Loaded
+    from lemonade_hpc.search.evolution import Problem
 
 app = typer.Typer(
-    name="lemonade-hpc", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
+    name="lemonade-hpc",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="a run folder")]
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="a run folder", exists=True, file_okay=False)]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
+WATCH_S = 2.0
 
 
 @app.command()
@@ -33,69 +45,87 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="the YAML file to write")] = Path("lemonade.yaml"),
 ) -> None:
     """Write a commented YAML file to start from."""
+    from lemonade_hpc.view.template import template
+
     if path.exists():
         raise config.ConfigError(f"{path}: exists; give another name, or remove it first")
     try:
-        path.write_text(config.template())
+        files.write(path, template().encode())
     except OSError as error:
-        raise config.ConfigError(f"{path}: cannot be written: {error}") from error
-    typer.echo(f"wrote {path}; edit it, then: lemonade-hpc search {path}")
+        raise config.ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+    typer.echo(f"wrote {path}; edit it, then: {shlex.join(['lemonade-hpc', 'search', str(path)])}")
 
 
 @app.command()
 def search(
     source: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped name: digits")],
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="run folder; default: CONFIG's name")] = None,
-    take_over: Annotated[bool, typer.Option("--take-over", help="the run's last coordinator is known to be gone")] = False,
+    take_over: Annotated[bool, typer.Option("--take-over", help="the last coordinator is known to be gone")] = False,
 ) -> None:
     """Start, continue or recover a search: the same command every time."""
+    settings = config.load(source)
+
     from lemonade_hpc.run import session
     from lemonade_hpc.run.coordinator import Stopped
     from lemonade_hpc.view import tables
     from lemonade_hpc.view.progress import ProgressView
 
-    settings = config.load(source)
     folder = run if run is not None else Path(Path(source).stem)
     try:
         with ProgressView(tables.console(stderr=True)) as view:
             session.search(settings, folder, view, take_over=take_over)
     except (Stopped, KeyboardInterrupt) as stop:
-        again = "lemonade-hpc " + " ".join(word for word in sys.argv[1:] if word != "--take-over")
-        typer.echo(f"{stop or 'interrupted'}. Nothing is lost. To go on: {again}", err=True)
+        words = ["lemonade-hpc", "search", source, *(["--run", str(run)] if run is not None else [])]
+        typer.echo(f"{str(stop) or 'interrupted'}. Nothing is lost. To go on: {shlex.join(words)}", err=True)
         raise typer.Exit(STOPPED) from None
     _show_result(folder)
 
 
 def _show_result(run: Path) -> None:
-    """The front as a table and a picture, and what was gained."""
+    """Print the front and what was gained, and draw the picture; a picture that fails is no failure of the run."""
     from lemonade_hpc.run import status
     from lemonade_hpc.view import tables
 
-    content, _, loaded = status.read(run)
+    content, fixed, loaded = status.read(run)
     out = tables.console()
     out.print(tables.front_table(status.front(loaded.history), content["data"]["num_validation"]))
-    out.print(tables.summary(status.status(run)))
-    _draw(run, [run / "front.png"])
-    out.print(f"picture: {run / 'front.png'}   every child: {run / loaded.history.complete['file']}" if loaded.history.complete else "")
+    typer.echo(f"\n{tables.summary(status.status(run))}")
+    try:
+        _draw(run, content, fixed, loaded, [run / "front.png"])
+        typer.echo(f"picture: {run / 'front.png'}")
+    except OSError as error:
+        typer.echo(f"no picture: {error}", err=True)
+    if loaded.history.complete is not None:
+        typer.echo(f"every child: {run / loaded.history.complete['file']}")
 
 
-def _draw(run: Path, paths: list[Path]) -> None:
+def _draw(run: Path, content: dict[str, Any], fixed: Problem, loaded: Loaded, paths: list[Path]) -> None:
+    """Draw the front of a run as read."""
     from lemonade_hpc.run import status
-    from lemonade_hpc.view import figures
+    from lemonade_hpc.view import figures, tables
 
-    content, fixed, loaded = status.read(run)
-    children = status.children(loaded.history, run)
-    title = f"{content['config']['data']['name']}: {loaded.history.state.num_committed} children"
-    figures.front(children, fixed.cheap[0], title, paths)
+    history = loaded.history
+    failed = f", {history.state.num_failed} failed" if history.state.num_failed else ""
+    title = f"{content['config']['data']['name']}: {history.state.num_committed} children{failed}"
+    figures.front(
+        status.children(history, run),
+        fixed.cheap,
+        content["data"]["num_validation"],
+        title,
+        tables.gain_text(status.hypervolumes(history)),
+        paths,
+    )
 
 
 @app.command("status")
 def show_status(
     run: Run,
-    watch: Annotated[bool, typer.Option("--watch", help="again every 2 seconds, until Ctrl-C")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="again every 2 s, until complete or Ctrl-C")] = False,
     as_json: Json = False,
 ) -> None:
-    """What runs, what is done, failures with reasons, the front."""
+    """Show what runs, what is done, failures with reasons, the front."""
+    _exclusive(watch=watch, json=as_json)
+
     from lemonade_hpc.run import record, status
     from lemonade_hpc.view import tables
 
@@ -104,65 +134,81 @@ def show_status(
         typer.echo(json.dumps(status.status(run), indent=1))
         return
     out = tables.console()
-    while True:
-        data = status.status(run)
-        if watch:
-            out.clear()
-        out.print(tables.status_view(data, num_validation))
-        if not watch or data["state"] == "complete":
-            return
-        time.sleep(2)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            data = status.status(run)
+            if watch:
+                out.clear()
+            out.print(tables.status_view(data, num_validation))
+            if not watch or data["state"] == "complete":
+                return
+            time.sleep(WATCH_S)
 
 
 @app.command()
 def front(
-    run: Run, as_json: Json = False, as_csv: Annotated[bool, typer.Option("--csv", help="comma-separated values")] = False
+    run: Run,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="comma-separated values")] = False,
 ) -> None:
-    """The Pareto front so far."""
+    """Show the Pareto front so far."""
+    _exclusive(json=as_json, csv=as_csv)
+
     from lemonade_hpc.run import status
     from lemonade_hpc.view import tables
 
-    content, _, loaded = status.read(run)
+    content, fixed, loaded = status.read(run)
     members = status.front(loaded.history)
     if as_json:
         typer.echo(json.dumps(members, indent=1))
     elif as_csv:
-        names = list(members[0]["objectives"]) if members else []
-        writer = csv.writer(sys.stdout)
+        names = [objective.name for objective in fixed.config.objectives]
+        writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["id", *names, "parent", "generation", "weights"])
         for m in members:
-            writer.writerow([m["id"], *m["objectives"].values(), m["parent"], m["generation"], m["weights"]["path"]])
+            values = [m["objectives"][name] for name in names]
+            writer.writerow([m["id"], *values, m["parent"], m["generation"], m["weights"]["path"]])
     else:
         tables.console().print(tables.front_table(members, content["data"]["num_validation"]))
 
 
+def _exclusive(**options: bool) -> None:
+    """Refuse two options that ask for different outputs."""
+    if sum(options.values()) > 1:
+        raise config.ConfigError(f"give one of {' and '.join(f'--{name}' for name in options)}, not both")
+
+
 @app.command()
 def test(run: Run, as_json: Json = False) -> None:
-    """The front's error on the test images: the only command that reads them."""
+    """Measure the front on the test images, which nothing else reads."""
+    from lemonade_hpc import data as data_sets
     from lemonade_hpc.run import status
     from lemonade_hpc.view import tables
 
-    content, _, loaded = status.read(run)
+    content, fixed, loaded = status.read(run)
+    data_sets.load(fixed.config.data)  # what is wrong with the data is said here, in words
     members = status.front(loaded.history)
     count = content["data"]["num_test"]
     command = [sys.executable, "-m", "lemonade_hpc.learn.members", str(run), *(m["weights"]["path"] for m in members)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        typer.echo(done.stderr, err=True)
+        typer.echo(f"{done.stderr}error: the test errors could not be measured, see above", err=True)
         raise typer.Exit(FAILED)
     errors = dict(zip((m["id"] for m in members), json.loads(done.stdout), strict=True))
     if as_json:
-        typer.echo(json.dumps([{"id": id_, "test_error": error, "num_test": count} for id_, error in errors.items()]))
-        return
-    texts = {id_: tables.error_text(error, count) for id_, error in errors.items()}
-    tables.console().print(tables.front_table(members, content["data"]["num_validation"], texts))
+        rows = [{"id": id_, "test_error": error, "num_test": count} for id_, error in errors.items()]
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        tables.console().print(tables.front_table(members, content["data"]["num_validation"], errors, count))
 
 
 @app.command()
 def report(run: Run) -> None:
-    """The front as PNG and SVG, in DIR/report."""
+    """Draw the front as PNG and SVG, in DIR/report."""
+    from lemonade_hpc.run import status
+
     paths = [run / "report" / f"front.{kind}" for kind in ("png", "svg")]
-    _draw(run, paths)
+    _draw(run, *status.read(run), paths)
     for path in paths:
         typer.echo(path)
 
@@ -190,27 +236,35 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show it and exit")
+    ] = False,
 ) -> None:
     """Multi-objective neural architecture search by Lamarckian evolution (LEMONADE)."""
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
-    """The console script: errors in words, and the exit code."""
+def _exit_code(error: Exception) -> int | None:
+    """Say what an error means: wrong input, a failed run, or (None) a defect of this program."""
+    if isinstance(error, config.ConfigError):
+        return WRONG_INPUT
     from lemonade_hpc.run.coordinator import RunFailed
     from lemonade_hpc.run.record import RecordError
     from lemonade_hpc.run.store import StoreError
 
-    code: Any = DONE
+    return FAILED if isinstance(error, (RunFailed, RecordError, StoreError, OSError)) else None
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the console script: errors in words, and the exit code. A defect of the program shows its traceback."""
     try:
-        app(arguments, standalone_mode=True)
-    except config.ConfigError as error:
+        app(arguments)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
         typer.echo(f"error: {error}", err=True)
-        code = WRONG_INPUT
-    except (RunFailed, RecordError, StoreError) as error:
-        typer.echo(f"the run failed: {error}", err=True)
-        code = FAILED
-    sys.exit(code)
+        sys.exit(code)
+    sys.exit(DONE)
 
 
 if __name__ == "__main__":
