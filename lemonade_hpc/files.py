@@ -1,16 +1,17 @@
 """Durable writes, checked lines, and where things lie in a run folder.
 
-Decides: the one way a file is written (temporary file, fsync, replace, fsync of the folder), the one format of a log line
-(a checksum, a space, JSON), and every path. Standard library only. Paths in a run are relative to it, so that it can
-be moved.
+Decides: the one way a file is written (temporary file, fsync, replace, fsync of the folder), the one text of a JSON
+value, and every path. Standard library only. Paths in a run are relative to it, so that it can be moved.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ RUN = Path("run.json")
 EPOCHS = Path("epochs")
 WORKERS = Path("workers")
 STATE = Path("state")
+CHILDREN = Path("children")
 TEMPORARY = ".tmp-"
 
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
@@ -26,7 +28,7 @@ STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, 
 
 def child_folder(child: int) -> Path:
     """Where a child's attempts keep their files: `children/000/000123`, a thousand children a folder."""
-    return Path("children", f"{child // 1000:03d}", f"{child:06d}")
+    return CHILDREN / f"{child // 1000:03d}" / f"{child:06d}"
 
 
 def attempt_folder(child: int, attempt: str) -> Path:
@@ -97,6 +99,15 @@ def write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all in it. What is gone already, or cannot go now, stays: nobody relies on it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,1 @@
+"""The record, the coordinator and its workers. Never imports torch."""

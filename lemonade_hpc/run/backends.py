@@ -17,6 +17,10 @@ from lemonade_hpc import files
 from lemonade_hpc.config import Cluster
 from lemonade_hpc.run import owner, worker
 
+CLOSE_S = 2.0
+"""How long workers that have said goodbye may take to be gone."""
+THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
 
 class Backend(Protocol):
     """Starts workers and knows which of them live."""
@@ -90,9 +94,8 @@ class LocalBackend:
         visible = [gpus[self._num_launched % len(gpus)]] if gpus else []
         self._num_launched += 1
         executor.update_parameters(timeout_min=10 * 365 * 24 * 60, gpus_per_node=len(visible), visible_gpus=visible)
-        blocked = {signal.SIGINT}
         old_threads = {key: os.environ.get(key) for key in THREAD_LIMITS}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)  # children inherit the mask
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit the mask
         try:
             os.environ.update(dict.fromkeys(THREAD_LIMITS, str(self._cluster.cpus_per_worker)))
             self._jobs[name] = executor.submit(worker.serve, str(self._run), name)
@@ -129,10 +132,6 @@ class LocalBackend:
             time.sleep(worker.POLL_S)
         for name in list(self._jobs):
             self.kill(name)
-
-
-CLOSE_S = 2.0
-THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def _visible_gpus() -> list[int]:

@@ -1,4 +1,4 @@
-"""The coordinator: one loop that asks for children, hands them to workers, commits outcomes, and can die at any instant.
+"""The coordinator: one loop that asks for children, hands them to workers, commits outcomes; it can die at any instant.
 
 Decides: what is recorded before what is done. An event is durable before anyone else learns of it: children before
 they are assigned, outcomes before weights are deleted. Starting, recovering and resuming are one path: read the record,
@@ -8,22 +8,20 @@ take the lease, adopt workers that live, go on. Knows nothing of torch; the algo
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config
-from lemonade_hpc.run import population, record
+from lemonade_hpc.run import leftovers, population, record
 from lemonade_hpc.run.backends import Backend
+from lemonade_hpc.run.crew import Crew, Key
 from lemonade_hpc.run.journal import Event, Journal
-from lemonade_hpc.run.log import LogReader, LogWriter, Message
+from lemonade_hpc.run.log import Message
 from lemonade_hpc.run.record import Attempt, History
 from lemonade_hpc.search import evolution
-from lemonade_hpc.search import graph as graphs
 
 POLL_S = 0.02
 BEAT_S = 2.0
@@ -37,11 +35,11 @@ MISFORTUNES_PER_WORKER = 3
 """Workers in a row that may end without any outcome, per worker wanted, before the run stops."""
 
 
-class RunFailed(RuntimeError):
+class RunFailed(RuntimeError):  # noqa: N818
     """The run cannot go on: says why and what to do. Exit code 1."""
 
 
-class Stopped(RuntimeError):
+class Stopped(RuntimeError):  # noqa: N818
     """Stopped before complete; the same command goes on. Exit code 3."""
 
 
@@ -53,19 +51,6 @@ class Observer(Protocol):
 
     def note(self, text: str) -> None:
         """Something a person should read."""
-
-
-@dataclass
-class Crew:
-    """One worker as the coordinator sees it."""
-
-    name: str
-    mailbox: LogWriter
-    reader: LogReader
-    tasks: dict[tuple[int, str], Message] = field(default_factory=dict)
-    doing: str = "starting"
-    started: set[tuple[int, str]] = field(default_factory=set)
-    said_bye: str | None = None
 
 
 class Coordinator:
@@ -124,9 +109,11 @@ class Coordinator:
             self._unwritten = []
 
     def _check_lease(self) -> None:
-        newest = files.epochs(self.run)[-1]
-        if newest != self._journal.epoch:
-            raise Stopped(f"another coordinator has taken over this run (epoch {newest}); nothing was changed since")
+        if self._superseded():
+            raise Stopped(f"{self.run} has another coordinator now, or is gone; this one has changed nothing since")
+
+    def _superseded(self) -> bool:
+        return max(files.epochs(self.run), default=0) != self._journal.epoch
 
     def _beat(self) -> None:
         self._beat_at = time.monotonic()
@@ -138,39 +125,30 @@ class Coordinator:
 
     def _hear(self, crew: Crew, *, last_words: bool = False) -> None:
         """Read a worker's reports; `last_words`: only what it says of children, not its troubles."""
-        for message in crew.reader.poll():
+        full: str | None = None
+        for message in crew.hear():
             say = message["say"]
             if say == "hello":
                 self._backend.adopt(crew.name, message)
-            elif say == "ready":
-                crew.doing = f"ready on {message['device']}"
-            elif say == "started":
-                crew.started.add((message["child"], message["attempt"]))
-                crew.doing = f"child {message['child']}"
-            elif say == "epoch":
-                crew.doing = f"child {message['child']}, epoch {message['epoch']}"
             elif say == "outcome":
                 self._arrive(crew, message["outcome"])
             elif say == "crashed":
                 self._lose(crew, (message["child"], message["attempt"]), "crash", message["reason"])
             elif say == "storage" and not last_words:
-                raise Stopped(f"worker {crew.name} cannot write: {message['reason']}")
+                full = message["reason"]
             elif say == "unfit" and not last_words:
                 self._misfortune(f"worker {crew.name} cannot start training: {message['reason']}")
-            elif say == "bye":
-                crew.said_bye = message["reason"]
-        if crew.reader.num_damaged:
-            self._observer.note(
-                f"worker {crew.name}: a damaged message in {crew.reader.path}; its children go elsewhere"
-            )
+        if crew.damaged is not None:
+            self._observer.note(f"worker {crew.name}: a damaged message in {crew.damaged}; its children go elsewhere")
             self._backend.kill(crew.name)
             self._dismiss(crew)
+        if full is not None:
+            raise Stopped(f"worker {crew.name} cannot write: {full}")
 
     def _arrive(self, crew: Crew, outcome: Message) -> None:
         """An outcome: kept until it may be told; the first valid one of a child wins, any later one is ignored."""
         number = outcome["child"]
         crew.tasks.pop((number, outcome["attempt"]), None)
-        crew.doing = "idle"
         child = self.history.state.in_flight.get(number)
         if child is None or number in self._arrived or outcome["digest"] != child.digest:
             return
@@ -197,16 +175,19 @@ class Coordinator:
                     f"child {number} failed: {outcome['failure']['kind']}: {outcome['failure']['reason']}"
                 )
             committed, self._starved = True, False
+        self._refuse_empty()
+        return committed
+
+    def _refuse_empty(self) -> None:
         state = self.history.state
         if state.num_asks and not state.members and not state.in_flight:
             reasons = "; ".join(f"child {o['child']}: {o['failure']['reason']}" for o in self.history.failures)
             self._write()
             raise RunFailed(f"no initial network is valid, so there is nothing to start from: {reasons}")
-        return committed
 
     # ------------------------------------------------------------ losses
 
-    def _lose(self, crew: Crew, key: tuple[int, str], kind: str, reason: str) -> None:
+    def _lose(self, crew: Crew, key: Key, kind: str, reason: str) -> None:
         """An attempt will not report. A child that has used up its budget for this kind of loss fails."""
         number, attempt = key
         crew.tasks.pop(key, None)
@@ -223,19 +204,21 @@ class Coordinator:
     def _retire(self) -> None:
         """Take back the children of workers that have left or died."""
         for crew in list(self._crews.values()):
-            if crew.said_bye is None and self._backend.alive(crew.name):
+            if not crew.said_bye and self._backend.alive(crew.name):
                 continue
-            self._hear(crew, last_words=crew.said_bye is not None)
+            self._hear(crew, last_words=crew.said_bye)
             if crew.name in self._crews:
-                if crew.said_bye is None:
+                if not crew.said_bye:
                     self._misfortune(f"worker {crew.name} died")
                 self._dismiss(crew)
 
     def _dismiss(self, crew: Crew) -> None:
+        """Give a worker up: what it had goes elsewhere, and should it still live, it is to leave."""
         for key in list(crew.tasks):
-            started = key in crew.started and crew.said_bye is None
+            started = key in crew.started and not crew.said_bye
             self._lose(crew, key, "worker" if started else "stopped", f"worker {crew.name} is gone")
-        crew.mailbox.close()
+        crew.tell({"do": "stop"})
+        crew.close()
         del self._crews[crew.name]
 
     def _misfortune(self, reason: str) -> None:
@@ -272,18 +255,18 @@ class Coordinator:
         """Assign what waits to workers with room; start workers while there is work for them."""
         waiting = [n for n in sorted(self.history.state.in_flight) if n not in self._arrived and not self._running(n)]
         self._man(len(waiting))
-        chosen: list[tuple[Crew, int, str]] = []
+        chosen: list[tuple[Crew, Key]] = []
         for number in waiting:
             crew = min(self._crews.values(), key=lambda one: len(one.tasks), default=None)
             if crew is None or len(crew.tasks) >= ASSIGNED_AHEAD:
                 break
-            attempt = f"e{self._journal.epoch}a{len(self.history.attempts[number]) + 1}"
-            crew.tasks[number, attempt] = self._task(number, attempt)
-            self._record({"event": "attempt", "child": number, "attempt": attempt, "worker": crew.name})
-            chosen.append((crew, number, attempt))
+            key = (number, f"e{self._journal.epoch}a{len(self.history.attempts[number]) + 1}")
+            crew.tasks[key] = record.task(self.history, *key)
+            self._record({"event": "attempt", "child": number, "attempt": key[1], "worker": crew.name})
+            chosen.append((crew, key))
         self._write()
-        for crew, number, attempt in chosen:
-            crew.mailbox.append([crew.tasks[number, attempt]])
+        for crew, key in chosen:
+            crew.assign(key, crew.tasks[key])
 
     def _running(self, number: int) -> Attempt | None:
         """The attempt at a child that may still report."""
@@ -301,31 +284,9 @@ class Coordinator:
             for path in (files.assigned_log(self._journal.epoch, name), files.done_log(name)):
                 (self.run / path).parent.mkdir(parents=True)
                 (self.run / path).touch()
-            self._join(name)
+            self._crews[name] = Crew(self.run, self._journal.epoch, name)
             self._backend.launch(name)
             room += ASSIGNED_AHEAD
-
-    def _join(self, name: str) -> Crew:
-        mailbox = LogWriter(self.run / files.assigned_log(self._journal.epoch, name))
-        self._crews[name] = Crew(name, mailbox, LogReader(self.run / files.done_log(name)))
-        return self._crews[name]
-
-    def _task(self, number: int, attempt: str) -> Message:
-        """What a worker must know to train a child."""
-        child, training = self.history.children[number], self.config.training
-        parent = None
-        if child.parent is not None:
-            weights = self.history.results[child.parent]["weights"]
-            parent = {"graph": graphs.to_json(self.history.children[child.parent].graph), "weights": weights}
-        return {
-            "do": "train",
-            "kind": "child",
-            "attempt": attempt,
-            "child": number,
-            "parent": parent,
-            "epochs": [0, training.initial_epochs if parent is None else training.epochs],
-            **{key: value for key, value in record.child_to_json(child).items() if key in ("graph", "edits", "digest")},
-        }
 
     def adopt(self, names: list[str]) -> None:
         """Take over the workers of earlier coordinators, living or dead.
@@ -333,81 +294,57 @@ class Coordinator:
         What they have reported counts; the living get their children again, those of the dead go back to the pool.
         """
         for name in names:
-            self._join(name)
+            self._crews[name] = Crew(self.run, self._journal.epoch, name)
         for number in sorted(self.history.state.in_flight):
             attempt = self._running(number)
             if attempt is not None:
-                crew = self._crews[attempt.worker]
-                crew.tasks[number, attempt.id] = self._task(number, attempt.id)
-                crew.mailbox.append([crew.tasks[number, attempt.id]])
+                key = (number, attempt.id)
+                self._crews[attempt.worker].assign(key, record.task(self.history, *key))
         for crew in list(self._crews.values()):
             self._hear(crew, last_words=True)
 
     # ------------------------------------------------------------ files
 
     def _tidy(self) -> None:
-        """Remove what a killed coordinator or worker may have left behind."""
-        leftover = [
-            *(self.run / files.EPOCHS).glob(f"{files.TEMPORARY}*"),
-            *(self.run / files.STATE).glob(f"{files.TEMPORARY}*"),
-            *(self.run / files.WORKERS).glob("*/job"),
-        ]
-        for path in leftover:
-            if path.parent.name in self._crews:
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        kept = self.history.results.keys() | self.history.state.in_flight.keys()
-        present = [int(path.name) for path in (self.run / "children").glob("*/*") if path.name.isdigit()]
-        self._delete([number for number in present if number not in kept])
+        """Remove what killed coordinators and workers may have left behind."""
+        self._check_lease()
+        self.history.release()
+        for path in leftovers.abandoned(self.run, self._crews):
+            files.remove(path)
+        self._remove_replaced()
+        self._delete(leftovers.unneeded(self.run, self.history))
+
+    def _remove_replaced(self) -> None:
+        for path in leftovers.replaced(self.run, self.history, self._journal.epoch):
+            files.remove(path)
 
     def _delete(self, numbers: list[int]) -> None:
+        """Delete the weights of children that nobody needs."""
         if self.config.storage.keep == "all" or not numbers:
             return
         self._check_lease()
         for number in numbers:
-            shutil.rmtree(self.run / files.child_folder(number), ignore_errors=True)
-
-    def _seal(self) -> None:
-        """Write finished children to an immutable file, a thousand at a time."""
-        due = self.history.sealable(self.config.storage.seal_every)
-        if due is None:
-            return
-        rows = [self.history.unsealed[number] for number in range(*due)]
-        path = files.STATE / f"children-{due[0]:06d}-{due[1] - 1:06d}.e{self._journal.epoch}.h5"
-        self._record({"event": "sealed", "children": list(due), **self._store(path, rows)})
-        self._write()
+            files.remove(self.run / files.child_folder(number))
 
     def _mend(self) -> None:
-        """Write sealed files again that are damaged or gone, from the journals."""
-        for event in list(self.history.sealed):
-            reason = population.damage(self.run, event)
-            if reason is not None:
-                first, last = event["children"]
-                rows = population.from_journals(self.run, self.history.state.problem, first, last)
-                path = files.STATE / f"children-{first:06d}-{last - 1:06d}.e{self._journal.epoch}.h5"
-                self._record(event | self._store(path, rows))
-                self._observer.note(f"{reason}. It was rebuilt from the journals as {path}")
+        for event, note in population.mend(self.run, self.history, self._journal.epoch):
+            self._record(event)
+            self._observer.note(note)
         self._write()
 
-    def _store(self, path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Write a sealed file; its path and checksum for the record."""
-        content = population.encode(self.run, self.history.state.problem, rows)
-        (self.run / path).parent.mkdir(exist_ok=True)
-        files.write(self.run / path, content)
-        return {"file": str(path), "sha256": files.sha256(content)}
+    def _seal(self) -> None:
+        event = population.seal(self.run, self.history, self.config.storage.seal_every, self._journal.epoch)
+        if event is not None:
+            self._record(event)
+            self._write()
 
     def _complete(self) -> None:
         """Write the whole population to one file, and say so in the record."""
+        self._refuse_empty()
         self._write()
         self._check_lease()
-        rows = population.finished(self.run, self.history)
-        path = Path(f"population.e{self._journal.epoch}.h5")
-        for old in self.run.glob("population.e*.h5"):
-            old.unlink()
-        state = self.history.state
-        volume = evolution.hypervolume(state.problem, state.front.values)
-        stored = self._store(path, rows)
-        self._record({"event": "complete", "front": list(state.front.numbers), "hypervolume": volume, **stored})
+        self._record(population.complete(self.run, self.history, self._journal.epoch))
+        self._remove_replaced()
         self._write()
         self._beat()
 
@@ -416,24 +353,33 @@ class Coordinator:
     def close(self) -> None:
         """Stop all workers; commit what they still report, end those that do not leave in time.
 
-        What cannot be written any more (a full disk) is found again by the next coordinator.
+        What cannot be written any more (a full disk) is found again by the next coordinator. One that is here already
+        has taken over the workers too: they are left alone.
         """
+        if not self._superseded():
+            self._stop_workers()
+            with contextlib.suppress(OSError, RunFailed):
+                self._commit()
+                self._write()
+        if not self._superseded():
+            self._backend.close()
         for crew in self._crews.values():
-            with contextlib.suppress(OSError):
-                crew.mailbox.append([{"do": "stop"}])
+            crew.close()
+        self._journal.close()
+
+    def _stop_workers(self) -> None:
+        for crew in self._crews.values():
+            crew.tell({"do": "stop"})
         deadline = time.monotonic() + STOP_S
         while self._crews and time.monotonic() < deadline:
             self._backend.step()
             for crew in list(self._crews.values()):
                 self._hear(crew, last_words=True)
-                if crew.name in self._crews and (crew.said_bye is not None or not self._backend.alive(crew.name)):
+                if crew.name in self._crews and (crew.said_bye or not self._backend.alive(crew.name)):
                     self._dismiss(crew)
             time.sleep(POLL_S)
+        if self._superseded():
+            return
         for crew in list(self._crews.values()):
             self._backend.kill(crew.name)
             self._dismiss(crew)
-        with contextlib.suppress(OSError, RunFailed):
-            self._commit()
-            self._write()
-        self._backend.close()
-        self._journal.close()

@@ -1,7 +1,7 @@
 """Who a process is, and whether it still lives.
 
-Decides: when the owner of an epoch, or a worker, counts as gone. On the same host and boot a process is known by its pid
-and start time; on another host nothing is known from here. Clocks are never compared.
+Decides: when the owner of an epoch, or a worker, counts as gone. On the same host and boot a process is known by its
+pid and start time; on another host nothing is known from here. Clocks are never compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Verdict = Literal["alive", "gone", "unknown"]
 
 
 def identity(pid: int | None = None) -> dict[str, Any]:
-    """This process (or `pid` of this host): host, boot, pid name space, pid and start time in clock ticks since boot."""
+    """Tell who this process (or `pid`) is: host, boot, pid name space, pid, start time in clock ticks since boot."""
     pid = os.getpid() if pid is None else pid
     return {
         "host": socket.gethostname(),
@@ -37,6 +37,8 @@ def judge(who: dict[str, Any]) -> Verdict:
     if who["pid_space"] != here["pid_space"]:
         return "unknown"
     started = _started(who["pid"])
+    if started is None and _hidden(who["pid"]):
+        return "unknown"
     return "alive" if started is not None and started == who["started"] else "gone"
 
 
@@ -44,6 +46,17 @@ def describe(who: dict[str, Any]) -> str:
     """In words, for messages."""
     job = f", Slurm job {who['slurm_job']}" if who.get("slurm_job") else ""
     return f"process {who['pid']} on {who['host']}{job}"
+
+
+def _hidden(pid: int) -> bool:
+    """Whether it is another user's process, which /proc need not show (`hidepid`)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except ProcessLookupError:
+        return False
+    return False
 
 
 def _started(pid: int) -> int | None:

@@ -1,33 +1,24 @@
-"""The finished children of a run, from sealed files and journals.
+"""The finished children of a run, in sealed files and in the journals.
 
-Decides: how the two are put together, and how one is rebuilt from the other.
+Decides: which files hold the population (the layout inside is `store.py`'s), when they are written, and how one is
+rebuilt from the journals. A file bears the epoch that wrote it in its name, so that none has two writers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lemonade_hpc import __version__
+from lemonade_hpc import __version__, files
 from lemonade_hpc.run import record, store
 from lemonade_hpc.run.journal import Event
 from lemonade_hpc.run.record import History
+from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
 
 Row = dict[str, Any]
 """A child as the record states it when it was asked, with its `outcome`."""
-
-
-def encode(run: Path, fixed: Problem, rows: list[Row]) -> bytes:
-    """The bytes of a sealed file with these children."""
-    expensive = [o.name for o in fixed.config.objectives if o.name not in fixed.cheap]
-    attributes = {
-        "run": record.read_identity(run)["run"],
-        "code": __version__,
-        "cheap": list(fixed.cheap),
-        "expensive": expensive,
-    }
-    return store.encode(rows, attributes)
 
 
 def finished(run: Path, history: History) -> list[Row]:
@@ -51,10 +42,65 @@ def damage(run: Path, event: Event) -> str | None:
     return None
 
 
-def from_journals(run: Path, fixed: Problem, first: int, last: int) -> list[Row]:
+def rebuilt(events: list[Event], first: int, last: int) -> list[Row]:
     """The children first..last-1 as the journals have them."""
-    events: list[Event] = []
-    record.load(run, fixed, events)
     asked = {child["number"]: child for event in events if event["event"] == "asked" for child in event["children"]}
     outcomes = {event["outcome"]["child"]: event["outcome"] for event in events if event["event"] == "committed"}
     return [asked[number] | {"outcome": outcomes[number]} for number in range(first, last)]
+
+
+# ---------------------------------------------------------------- writing: each returns what is to be recorded
+
+
+def seal(run: Path, history: History, count: int, epoch: int) -> Event | None:
+    """Write the first `count` unsealed children to an immutable file, once all of them are finished."""
+    due = history.sealable(count)
+    if due is None:
+        return None
+    rows = [history.unsealed[number] for number in range(*due)]
+    return {"event": "sealed", "children": list(due), **_store(run, history, _sealed(due, epoch), rows)}
+
+
+def mend(run: Path, history: History, epoch: int) -> Iterator[tuple[Event, str]]:
+    """Write sealed files again that are damaged or gone, from the journals; each event with the reason."""
+    events: list[Event] = []
+    for event in list(history.sealed):
+        reason = damage(run, event)
+        if reason is not None:
+            if not events:
+                record.load(run, history.state.problem, events)
+            first, last = event["children"]
+            path = _sealed((first, last), epoch)
+            stored = _store(run, history, path, rebuilt(events, first, last))
+            yield event | stored, f"{reason}. It was rebuilt from the journals as {path}"
+
+
+def complete(run: Path, history: History, epoch: int) -> Event:
+    """Write the whole population to one file. Raises StoreError for a damaged sealed file."""
+    state = history.state
+    stored = _store(run, history, Path(f"population.e{epoch}.h5"), finished(run, history))
+    volume = evolution.hypervolume(state.problem, state.front.values)
+    return {"event": "complete", "front": list(state.front.numbers), "hypervolume": volume, **stored}
+
+
+def _sealed(children: tuple[int, int], epoch: int) -> Path:
+    first, last = children
+    return files.STATE / f"children-{first:06d}-{last - 1:06d}.e{epoch}.h5"
+
+
+def _store(run: Path, history: History, path: Path, rows: list[Row]) -> dict[str, Any]:
+    """Write a file of children; its path and checksum for the record."""
+    content = _encode(run, history.state.problem, rows)
+    (run / path).parent.mkdir(exist_ok=True)
+    files.write(run / path, content)
+    return {"file": str(path), "sha256": files.sha256(content)}
+
+
+def _encode(run: Path, fixed: Problem, rows: list[Row]) -> bytes:
+    attributes = {
+        "run": record.read_identity(run)["run"],
+        "code": __version__,
+        "cheap": list(fixed.cheap),
+        "expensive": [o.name for o in fixed.config.objectives if o.name not in fixed.cheap],
+    }
+    return store.encode(rows, attributes)

@@ -226,9 +226,29 @@ class History:
 
     def sealable(self, count: int) -> tuple[int, int] | None:
         """The first `count` unsealed children, as (first, past the last), if all of them are finished."""
+        if len(self.unsealed) < count:
+            return None
         first = min(self.unsealed, default=0)
         numbers = range(first, first + count)
         return (first, first + count) if all("outcome" in self.unsealed.get(n, {}) for n in numbers) else None
+
+
+def task(history: History, number: int, attempt: str) -> Event:
+    """What a worker must know to train a child in flight."""
+    child, training = history.children[number], history.state.problem.config.training
+    parent = None
+    if child.parent is not None:
+        weights = history.results[child.parent]["weights"]
+        parent = {"graph": graphs.to_json(history.children[child.parent].graph), "weights": weights}
+    return {
+        "do": "train",
+        "kind": "child",
+        "attempt": attempt,
+        "child": number,
+        "parent": parent,
+        "epochs": [0, training.initial_epochs if parent is None else training.epochs],
+        **{key: value for key, value in child_to_json(child).items() if key in ("graph", "edits", "digest")},
+    }
 
 
 # ---------------------------------------------------------------- reading

@@ -21,7 +21,7 @@ from lemonade_hpc.run import lease, owner, population, record
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
 from lemonade_hpc.run.log import LogReader
-from lemonade_hpc.run.record import History
+from lemonade_hpc.run.record import History, Loaded
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
 from lemonade_hpc.search.ops import Signature
@@ -33,8 +33,8 @@ MAY_CHANGE = ("cluster", "storage", "search.children")
 def search(config: Config, run: Path, observer: Observer, *, take_over: bool = False) -> History:
     """Run a search until its budget is spent.
 
-    Raises ConfigError (the user's input, nothing was written), RunFailed or RecordError (exit code 1), Stopped (the same
-    call goes on).
+    Raises ConfigError (the user's input, nothing was written), RunFailed, RecordError or StoreError (exit code 1),
+    Stopped (the same call goes on).
     """
     data = data_sets.load(config.data)
     config = resolve(config, data.shape)
@@ -44,8 +44,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
         for text in loaded.warnings:
             observer.note(text)
         history = loaded.history
-        done = history.complete
-        if history.state.complete and done is not None and population.damage(run, done) is None:
+        if _nothing_to_do(run, loaded):
             return history
         names = sorted({*_living(run), *_owing(history)})
         epoch, journal = lease.open_epoch(run, config, loaded, names, take_over=take_over)
@@ -61,6 +60,14 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
             raise
         raise Stopped(f"cannot write: {error}") from error
     return history
+
+
+def _nothing_to_do(run: Path, loaded: Loaded) -> bool:
+    """Whether the budget is spent and every file is as it should be."""
+    history = loaded.history
+    if not history.state.complete or history.complete is None or loaded.mended:
+        return False
+    return all(population.damage(run, event) is None for event in (*history.sealed, history.complete))
 
 
 def _prepare(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
@@ -80,8 +87,10 @@ def _prepare(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
     try:
         run.mkdir(parents=True, exist_ok=True)
         files.write_json(run / files.RUN, record.identity(config, data, fixed))
-    except PermissionError as error:
-        raise ConfigError(f"{run}: no permission to write there ({error})") from error
+    except OSError as error:
+        if error.errno in files.STORAGE_ERRORS:
+            raise
+        raise ConfigError(f"{run}: cannot be written: {error}") from error
     return fixed
 
 
@@ -119,8 +128,9 @@ def _living(run: Path) -> list[str]:
     found = []
     for path in sorted((run / files.WORKERS).glob("*/done.log")):
         messages = list(LogReader(path).poll())
-        if messages and messages[-1]["say"] != "bye" and owner.judge(messages[0]) == "alive":
-            found.append(path.parent.name)
+        if messages and messages[0]["say"] == "hello" and messages[-1]["say"] != "bye":
+            if owner.judge(messages[0]) == "alive":
+                found.append(path.parent.name)
     return found
 
 

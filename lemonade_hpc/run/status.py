@@ -5,13 +5,12 @@ Decides: the content of `front --json` and `status --json`. Reads only; needs no
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import from_dict
-from lemonade_hpc.run import owner, population, record
+from lemonade_hpc.run import lease, owner, population, record
 from lemonade_hpc.run.log import LogReader
 from lemonade_hpc.run.record import History, Loaded
 from lemonade_hpc.search import evolution, morphisms
@@ -23,14 +22,18 @@ NUM_FAILURES = 10
 
 def read(run: Path) -> tuple[dict[str, Any], Problem, Loaded]:
     """A run's identity, its problem with the newest settings, and its record. Raises ConfigError or RecordError."""
-    content = record.read_identity(run)
-    numbers = files.epochs(run)
-    config = None
-    if numbers:
-        path = run / files.owner(numbers[-1])
-        config = from_dict(json.loads(path.read_text())["config"], str(path))
-    fixed = record.problem_of(run, content, config)
+    content, fixed = problem(run)
     return content, fixed, record.load(run, fixed)
+
+
+def problem(run: Path) -> tuple[dict[str, Any], Problem]:
+    """A run's identity, and its problem with the newest settings. Raises ConfigError or RecordError."""
+    content, config = record.read_identity(run), None
+    numbers = files.epochs(run)
+    if numbers:
+        owned = lease.read_owner(run, numbers[-1])
+        config = from_dict(owned["config"], str(run / files.owner(numbers[-1])))
+    return content, record.problem_of(run, content, config)
 
 
 def front(history: History) -> list[dict[str, Any]]:
@@ -117,7 +120,7 @@ def _life(run: Path, history: History) -> str:
         return "complete"
     if not numbers:
         return "not started"
-    who = json.loads((run / files.owner(numbers[-1])).read_text())["owner"]
+    who = lease.read_owner(run, numbers[-1])["owner"]
     verdict = owner.judge(who)
     if verdict == "alive":
         return f"running: {owner.describe(who)}"

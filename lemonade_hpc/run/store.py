@@ -1,7 +1,8 @@
 """Sealed HDF5 files: finished children as columns, written once, never changed.
 
-Decides: the layout of the population on disk. A file is written aside, flushed, fsynced and renamed; its SHA-256 stands in
-the record, and it can be rebuilt from the journals at any time. Readers open it with `locking=False`. Columns of length n; texts and graphs are packed bytes with n + 1 offsets.
+Decides: the layout of the population on disk: columns of length n; texts are packed bytes with n + 1 offsets.
+A file is written aside, flushed, fsynced and renamed; its SHA-256 stands in the record, and it can be rebuilt from the
+journals at any time. Other programs should open it with `locking=False`.
 """
 
 from __future__ import annotations
@@ -74,13 +75,13 @@ def decode(content: bytes, name: str) -> Sealed:
         raise StoreError(f"{name}: not a readable sealed file: {error}") from error
 
 
-def read(path: Path, sha256: str | None = None) -> Sealed:
-    """Read a sealed file and, where its checksum is given, check it; raises StoreError."""
+def read(path: Path, sha256: str) -> Sealed:
+    """Read a sealed file and check it against its checksum; raises StoreError."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error}") from error
-    if sha256 is not None and files.sha256(content) != sha256:
+    if files.sha256(content) != sha256:
         raise StoreError(f"{path}: its SHA-256 is not the one in the record")
     return decode(content, str(path))
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from lemonade_hpc import files
 from lemonade_hpc.run import population, record, status
 from lemonade_hpc.run.coordinator import MAX_WORKER_LOSSES
@@ -22,15 +24,15 @@ from lemonade_hpc.search.evolution import Problem
 def verify(run: Path) -> list[tuple[str, list[str]]]:
     """Each check's name and what it found wrong. Raises ConfigError or RecordError where nothing can be read."""
     events: list[Event] = []
-    _, fixed, loaded = status.read(run)
-    record.load(run, fixed, events)
+    _, fixed = status.problem(run)
+    loaded = record.load(run, fixed, events)
     history = loaded.history
     return [
         ("journals intact in both copies", list(loaded.warnings)),
         ("every decision repeats", list(_decisions(fixed, events))),
         ("every child has at most one outcome", list(_outcomes(events))),
-        ("attempts within their budgets", list(_attempts(fixed, events))),
-        ("sealed files match the journals", list(_sealed(run, fixed, history))),
+        ("attempts within their budgets", list(_attempts(events))),
+        ("sealed files match the journals", list(_sealed(run, history, events))),
         ("weights of the front match their checksums", list(_weights(run, history))),
         ("front and hypervolume recompute", list(_front(history, events))),
     ]
@@ -59,15 +61,16 @@ def _outcomes(events: list[Event]) -> Iterator[str]:
             yield f"child {child} has {count} outcomes"
 
 
-def _attempts(fixed: Problem, events: list[Event]) -> Iterator[str]:
-    allowed = {"crash": 1 + fixed.config.cluster.retries, "worker": 1 + MAX_WORKER_LOSSES}
+def _attempts(events: list[Event]) -> Iterator[str]:
+    retries = max((event["retries"] for event in events if event["event"] == "epoch"), default=0)
+    allowed = {"crash": 1 + retries, "worker": 1 + MAX_WORKER_LOSSES}
     lost = Counter((event["child"], event["kind"]) for event in events if event["event"] == "lost")
     for (child, kind), count in lost.items():
         if kind in allowed and count > allowed[kind]:
             yield f"child {child} lost {count} attempts to {kind}; allowed are {allowed[kind]}"
 
 
-def _sealed(run: Path, fixed: Problem, history: History) -> Iterator[str]:
+def _sealed(run: Path, history: History, events: list[Event]) -> Iterator[str]:
     named = [*history.sealed, *([history.complete] if history.complete else [])]
     for event in named:
         reason = population.damage(run, event)
@@ -75,7 +78,7 @@ def _sealed(run: Path, fixed: Problem, history: History) -> Iterator[str]:
             yield reason
             continue
         first, last = event.get("children", (0, history.state.num_committed))
-        if population.read(run, event) != population.from_journals(run, fixed, first, last):
+        if population.read(run, event) != population.rebuilt(events, first, last):
             yield f"{run / event['file']}: differs from the journals"
 
 
@@ -83,9 +86,12 @@ def _weights(run: Path, history: History) -> Iterator[str]:
     for number in history.state.front.numbers:
         weights = history.results[number]["weights"]
         path = run / weights["path"]
-        if not path.exists():
-            yield f"{path}: missing"
-        elif files.sha256(path.read_bytes()) != weights["sha256"]:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            yield f"{path}: cannot be read: {error}"
+            continue
+        if files.sha256(content) != weights["sha256"]:
             yield f"{path}: its SHA-256 is not the one in the record"
 
 
@@ -96,8 +102,8 @@ def _front(history: History, events: list[Event]) -> Iterator[str]:
     told = [record.outcome_of(fixed, event["outcome"]) for event in events if event["event"] == "committed"]
     vectors = {o.number: evolution.vector(fixed, cheap[o.number], o.expensive) for o in told if o.failure is None}
     for number, vector in vectors.items():
-        better = (front.values <= vector).all(axis=1)
-        rivals = [n for n, covers in zip(front.numbers, better, strict=True) if covers and n != number]
+        as_good = (front.values <= np.array(vector)).all(axis=1)
+        rivals = [n for n in np.array(front.numbers)[as_good].tolist() if n != number]
         if number in front.numbers and rivals:
             yield f"child {number} is on the front, though {rivals} are no worse"
         if number not in front.numbers and not rivals:

@@ -5,8 +5,8 @@ successor. Never decides what is trained or whether a child is tried again: that
 the highest epoch; one that finds no mailbox of its own there was given up, and leaves.
 
 Coordinator to worker: `{"do": "train", ...task}`, `{"do": "revoke", child, attempt}`, `{"do": "leave"}` when idle, and
-`{"do": "stop"}` at once. Worker to coordinator: `{"say": ...}` with hello, ready, alive, started, epoch, outcome, crashed,
-storage, unfit, bye.
+`{"do": "stop"}` at once. Worker to coordinator: `{"say": ...}` with hello, ready, alive, started, epoch, outcome,
+crashed, storage, unfit, bye.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ ORPHAN_WAIT_S = 5.0
 LOG_CAP = 2**20
 TAIL = 3000
 """Bytes of trainer output that are kept on file, and that a report of a crash quotes."""
+CHUNK = 2**16
+CHUNKS = 16
+"""How much of a trainer's output is read in one go: one that never stops writing must not keep its supervisor busy."""
 
 
 class Trainer(Protocol):
@@ -79,7 +82,14 @@ class ProcessTrainer:
     def poll(self) -> list[Message]:  # noqa: D102
         self._keep(_drain(self._process.stderr))
         *lines, self._rest = (self._rest + _drain(self._process.stdout)).split(b"\n")
-        return [json.loads(line) for line in lines]
+        messages = []
+        for line in lines:
+            message = _message(line)
+            if message is None:  # something printed it before `learn/child.py` could turn such output away
+                self._keep(line + b"\n")
+            else:
+                messages.append(message)
+        return messages
 
     def died(self) -> str | None:  # noqa: D102
         code = self._process.poll()
@@ -92,6 +102,10 @@ class ProcessTrainer:
     def kill(self) -> None:  # noqa: D102
         self._process.kill()
         self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):  # a task that it did not read any more
+                stream.close()
 
     def _keep(self, output: bytes) -> None:
         """Append to the log up to its cap, and remember the tail."""
@@ -105,9 +119,20 @@ class ProcessTrainer:
 def _drain(stream: Any) -> bytes:
     """What can be read without waiting."""
     parts = []
-    while part := stream.read(65536):
+    for _ in range(CHUNKS):
+        part = stream.read(CHUNK)
+        if not part:
+            break
         parts.append(part)
     return b"".join(parts)
+
+
+def _message(line: bytes) -> Message | None:
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 class InlineTrainer:
@@ -163,6 +188,8 @@ class Worker:
         for message in self._assigned.poll():
             if not self._obey(message):
                 return self._leave("stopped by the coordinator")
+        if self._assigned.num_damaged:
+            return self._leave("its mailbox is damaged")
         if not self._attend():
             return self._leave("unfit")
         now = time.monotonic()
@@ -182,7 +209,7 @@ class Worker:
 
     def _follow(self) -> bool:
         """Turn to the highest epoch; False if it has no mailbox for this worker."""
-        epoch = files.epochs(self.run)[-1]
+        epoch = max(files.epochs(self.run), default=0)
         if epoch == self._epoch:
             return True
         path = self.run / files.assigned_log(epoch, self.name)
@@ -260,15 +287,18 @@ class Worker:
             self._say("epoch", **message)
         elif "storage" in message:
             self._say("storage", reason=message["storage"])
+            if self._current is not None:  # whoever wants it again sends it again
+                self._known.discard((self._current["child"], self._current["attempt"]))
+                self._current = None
         else:
             self._say("outcome", durable=True, outcome=message)
             self._current = None
 
     def _bury(self, reason: str) -> None:
         """The trainer has died: say what became of its child."""
-        self._trainer = None
-        if self._current is not None:
-            current, self._current = self._current, None
+        current = self._current
+        self._drop_trainer()
+        if current is not None:
             self._say("crashed", durable=True, child=current["child"], attempt=current["attempt"], reason=reason)
 
     def _fail(self, kind: str, reason: str) -> None:

@@ -1,0 +1,67 @@
+"""One worker as the coordinator sees it: its mailbox, what it has reported, the children it has.
+
+Decides: what a report says of the worker itself. What follows from it is the coordinator's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from lemonade_hpc import files
+from lemonade_hpc.run.log import LogReader, LogWriter, Message
+
+Key = tuple[int, str]
+"""A child's number and the id of an attempt at it."""
+
+
+class Crew:
+    """A worker's two logs, which exist, and what is known of it."""
+
+    def __init__(self, run: Path, epoch: int, name: str) -> None:
+        self.name = name
+        self.tasks: dict[Key, Message] = {}
+        """What it was given and has not reported on."""
+        self.started: set[Key] = set()
+        self.doing = "starting"
+        """In words, for people."""
+        self.said_bye = False
+        self._mailbox = LogWriter(run / files.assigned_log(epoch, name))
+        self._reader = LogReader(run / files.done_log(name))
+
+    @property
+    def damaged(self) -> Path | None:
+        """Its log, where a report in it is damaged: what it said cannot be known."""
+        return self._reader.path if self._reader.num_damaged else None
+
+    def assign(self, key: Key, task: Message) -> None:
+        """Give it a child. Raises OSError."""
+        self.tasks[key] = task
+        self._mailbox.append([task])
+
+    def tell(self, message: Message) -> None:
+        """Send what may be lost: with a full disk, a worker finds out by itself."""
+        with contextlib.suppress(OSError):
+            self._mailbox.append([message])
+
+    def hear(self) -> list[Message]:
+        """New reports, in order."""
+        messages = self._reader.poll()
+        for message in messages:
+            say = message["say"]
+            if say == "ready":
+                self.doing = f"ready on {message['device']}"
+            elif say == "started":
+                self.started.add((message["child"], message["attempt"]))
+                self.doing = f"child {message['child']}"
+            elif say == "epoch":
+                self.doing = f"child {message['child']}, epoch {message['epoch']}"
+            elif say in ("outcome", "crashed"):
+                self.doing = "idle"
+            elif say == "bye":
+                self.said_bye = True
+        return messages
+
+    def close(self) -> None:
+        """Close its mailbox."""
+        self._mailbox.close()

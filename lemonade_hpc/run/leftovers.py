@@ -1,0 +1,41 @@
+"""What lies in a run folder and is of no use any more.
+
+Decides: what may be deleted: what a killed coordinator or worker left half made, files that another has replaced, and
+the folders of children whose weights nobody needs. Deletes nothing itself. Of population files, none that a later epoch
+has made is ever named: a coordinator may have been superseded without knowing it yet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from lemonade_hpc import files
+from lemonade_hpc.run.record import History
+
+
+def abandoned(run: Path, living: Collection[str]) -> list[Path]:
+    """Half made files, and the jobs of workers that are not among the `living`."""
+    found = [path for path in (run / files.WORKERS).glob("*/job") if path.parent.name not in living]
+    for folder in (run, run / files.EPOCHS, run / files.STATE, *(run / files.EPOCHS).glob("*")):
+        found += folder.glob(f"{files.TEMPORARY}*")
+    return found
+
+
+def replaced(run: Path, history: History, epoch: int) -> list[Path]:
+    """Population files of epochs before this one that no event names."""
+    named = {event["file"] for event in (*history.sealed, history.complete) if event is not None}
+    found = []
+    for path in (*(run / files.STATE).glob("*.h5"), *run.glob("population.*.h5")):
+        writer = re.fullmatch(r".*\.e(\d+)\.h5", path.name)
+        if writer and int(writer[1]) < epoch and str(path.relative_to(run)) not in named:
+            found.append(path)
+    return found
+
+
+def unneeded(run: Path, history: History) -> list[int]:
+    """Children with a folder that are neither on the front, nor parents of children in flight, nor in flight."""
+    kept = history.results.keys() | history.state.in_flight.keys()
+    present = [int(path.name) for path in (run / files.CHILDREN).glob("*/*") if path.name.isdigit()]
+    return [number for number in present if number not in kept]
