@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import shlex
 import subprocess
@@ -256,6 +257,9 @@ def _exit_code(error: Exception) -> int | None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the console script: errors in words, and the exit code. A defect of the program shows its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale that lacks a character must not end a command
     try:
         app(arguments)
     except Exception as error:

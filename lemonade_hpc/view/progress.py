@@ -20,14 +20,14 @@ SPEED_OVER_S = 3600.0
 
 
 def _standing(history: History) -> str:
-    """Write `front 9, error 1.4 to 12.0 %, hypervolume +0.310`, the gain over the initial networks."""
+    """Write `front 9, error 1.4 to 12.0 %, gain +0.310`: in hypervolume, over the initial networks."""
     members = status.front(history)
     if not members:
         return "waiting for the initial networks"
     errors = [member["objectives"]["val_error"] for member in members]
     volume = status.hypervolumes(history)
     front, initial = volume["front"], volume["initial"]
-    gain = "" if front is None or initial is None else f", hypervolume {front - initial:+.3f}"
+    gain = "" if front is None or initial is None else f", gain {front - initial:+.3f}"
     return f"front {len(members)}, error {100 * min(errors):.1f} to {100 * max(errors):.1f} %{gain}"
 
 
@@ -76,7 +76,7 @@ class ProgressView:
     def _draw(self, done: int, total: int, text: str) -> None:
         if self._bar is None:
             columns = (
-                BarColumn(bar_width=10),
+                BarColumn(bar_width=8),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("left  {task.description}", markup=False),

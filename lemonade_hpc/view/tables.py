@@ -116,12 +116,13 @@ def front_table(
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     if test is None:
-        table.add_column("last edits", no_wrap=True, overflow="ellipsis")
+        table.add_column("last edits")  # the one column that may shrink; its cells are cut, not wrapped
     for member in members:
-        cells = [str(member["id"])]
+        cells: list[RenderableType] = [str(member["id"])]
         cells += [value_text(name, member["objectives"][name], num_validation) for name in names]
         if test is None:
-            cells += ["-" if member["parent"] is None else str(member["parent"]), lineage(member["edits"])]
+            cells.append("-" if member["parent"] is None else str(member["parent"]))
+            cells.append(Text(lineage(member["edits"]), no_wrap=True, overflow="ellipsis"))
         else:
             cells.append(error_text(test[member["id"]], num_test))
         table.add_row(*cells)
