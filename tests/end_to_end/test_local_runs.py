@@ -38,10 +38,9 @@ def test_inline_backend_gives_the_same_front(undisturbed: Path, tmp_path: Path) 
     assert harness.front(tmp_path / "run") == harness.front(undisturbed)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_kill_coordinator(undisturbed: Path, tmp_path: Path, seed: int) -> None:
+def test_kill_coordinator(undisturbed: Path, tmp_path: Path) -> None:
     """kill -9 at random moments, each followed by the same command."""
-    rng, run = random.Random(seed), tmp_path / "run"
+    rng, run = random.Random(1), tmp_path / "run"
     config = harness.write_config(tmp_path)
     for _ in range(3):
         process = harness.start(config, run)
@@ -104,10 +103,11 @@ def test_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     time.sleep(0.5)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    assert harness.finish(process)[0] == 3
+    assert process.wait(timeout=10) == 3  # not `finish`: the stopped workers hold its output open
     assert time.monotonic() - began < 1.0
     for worker in harness.pids(run, "supervisor"):
         harness.kill(worker, signal.SIGCONT)
+    harness.finish(process)
     harness.assert_gone(run)
 
 
