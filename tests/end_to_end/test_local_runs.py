@@ -133,7 +133,7 @@ def test_paused_coordinator_that_wakes_changes_nothing(undisturbed: Path, tmp_pa
     before = harness.front(run)
     harness.kill(sleeper.pid, signal.SIGCONT)
     code, _, err = harness.finish(sleeper)
-    assert code == 3 and "taken over" in err
+    assert code == 3 and "has another coordinator now" in err
     harness.assert_sound(run)
     assert harness.front(run) == before == harness.front(undisturbed)
     harness.assert_gone(run)
