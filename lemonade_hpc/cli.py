@@ -187,7 +187,8 @@ def test(run: Run, as_json: Json = False) -> None:
     from lemonade_hpc.view import tables
 
     content, fixed, loaded = status.read(run)
-    data_sets.load(fixed.config.data)  # what is wrong with the data is said here, in words
+    if data_sets.load(fixed.config.data).checksum != content["data"]["checksum"]:
+        raise config.ConfigError(f"{run}: was started with other data than data.name gives now (checksum differs)")
     members = status.front(loaded.history)
     count = content["data"]["num_test"]
     command = [sys.executable, "-m", "lemonade_hpc.learn.members", str(run), *(m["weights"]["path"] for m in members)]
