@@ -240,7 +240,7 @@ def test_the_console_takes_nothing_for_markup_and_breaks_no_line_in_a_file(capsy
 
 def watched(histories, *, terminal, notes=()):
     buffer = io.StringIO()
-    console = Console(file=buffer, width=80, force_terminal=terminal, markup=False, highlight=False)
+    console = Console(file=buffer, width=80, force_terminal=terminal, highlight=False)
     with ProgressView(console) as view:
         for text in notes:
             view.note(text)
