@@ -1,3 +1,3 @@
-"""lemonade_hpc: multi-objective neural architecture search by Lamarckian evolution (LEMONADE), for Slurm and laptops."""
+"""Multi-objective neural architecture search by Lamarckian evolution (LEMONADE), for Slurm clusters and laptops."""
 
 __version__ = "0.1.0"

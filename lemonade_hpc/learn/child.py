@@ -217,7 +217,10 @@ def _receipt(lab: Lab, parent: Network, child: Network, morphed: Morphed) -> dic
 
 
 def _distil(lab: Lab, number: int, teacher: Network, network: Network, morphed: Morphed) -> None:
-    """Teach the disturbed layers, all others frozen, to answer as the parent does (paper, section 3)."""
+    """Teach the disturbed layers, all others frozen, to answer as the parent does (paper, section 3).
+
+    The rate is `lr / distill_temperature`: softened answers have gradients that many times those of cross entropy.
+    """
     training = lab.config.training
     assert training.distill_epochs is not None and training.lr is not None
     fit(
@@ -225,7 +228,7 @@ def _distil(lab: Lab, number: int, teacher: Network, network: Network, morphed: 
         lab.train,
         training,
         epochs=training.distill_epochs,
-        lr=training.lr,
+        lr=training.lr / training.distill_temperature,
         stream=(lab.config.seed, PURPOSE_DISTIL, number),
         loss_of=distillation(teacher, training.distill_temperature),
         only=morphed.affected,

@@ -1,7 +1,7 @@
 """Trained members of a front as torch modules, and their test error.
 
-Decides: the form of a stored network: a safetensors file whose metadata hold graph, signature and normalisation, so that
-it needs nothing else to be used. `evaluate` is the only code that reads the test images.
+Decides: the form of a stored network: a safetensors file whose metadata hold graph, signature and normalisation, so
+that it needs nothing else to be used. `evaluate` is the only code that reads the test images.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def encode(network: Network, graph: Graph, signature: Signature, data: Images) -
         "std": data.std_1C11.flatten().tolist(),
     }
     # One key: safetensors writes several in any order, and equal networks must give equal bytes.
-    return save({name: value.cpu().contiguous() for name, value in network.weights().items()}, {KEY: files.dumps(about)})
+    return save(
+        {name: value.cpu().contiguous() for name, value in network.weights().items()}, {KEY: files.dumps(about)}
+    )
 
 
 def load(path: str | Path) -> Member:

@@ -1,10 +1,10 @@
 """C18: hypervolume gained over the initial networks at equal epochs: with inheritance, without, and random search.
 
-Digits, the trained search itself on the inline backend, several seeds. Every arm starts from the same trained initial
-networks' settings and spends the same number of training epochs (distillation counted). Floor: on every seed,
-inheritance gains at least 1.3 times what the same search gains from fresh weights. Prints JSON.
+Digits, the search itself on the inline backend, several seeds. Every arm starts from the initial networks, trained
+alike, and spends the same number of epochs on children (distillation counted). Floor: on every seed, inheritance gains
+at least 1.3 times what the same search gains from fresh weights. Prints JSON.
 
-Random search draws a network by 1 to 12 random edits of a random initial one, uniformly, and trains it from fresh weights.
+Random search makes a network by 1 to 12 random edits of a random initial one and trains it from fresh weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from lemonade_hpc.run import session, status
 from lemonade_hpc.run.population import finished
 from lemonade_hpc.search import evolution, morphisms, objectives, pareto, spaces
 from lemonade_hpc.search import graph as graphs
-from lemonade_hpc.search.ops import Signature
 
 FLOOR = 1.3
 MAX_RANDOM_EDITS = 12
@@ -96,7 +95,11 @@ def random_search(seed: int, epochs: int) -> dict[str, Any]:
                 values = evolution.vector(fixed, cheap, (outcome["objectives"]["val_error"],))
                 front = pareto.insert(front, number, values)
         gain = evolution.hypervolume(fixed, front.values) - before
-        return {"gain": gain, "epochs": count * fixed.config.training.epochs, "best_error": float(front.values[:, 0].min())}
+        return {
+            "gain": gain,
+            "epochs": count * fixed.config.training.epochs,
+            "best_error": float(front.values[:, 0].min()),
+        }
 
 
 def random_graph(fixed: evolution.Problem, rng: np.random.Generator) -> graphs.Graph:
@@ -119,7 +122,9 @@ def compare(seed: int, children: int) -> dict[str, Any]:
     began = time.monotonic()
     arms = {"inheritance": evolve(seed, children, True)}
     epochs = arms["inheritance"]["epochs"]
-    per_child = configs.resolve(settings(seed, 0, True), data_sets.load(configs.Data(name="digits")).shape).training.epochs
+    per_child = configs.resolve(
+        settings(seed, 0, True), data_sets.load(configs.Data(name="digits")).shape
+    ).training.epochs
     arms["from_scratch"] = evolve(seed, ceil(epochs / per_child), False)
     arms["random_search"] = random_search(seed, epochs)
     ratio = arms["inheritance"]["gain"] / arms["from_scratch"]["gain"]
@@ -144,15 +149,17 @@ def main() -> None:
         for arm in runs[0]["arms"]
     }
     ratios = [run["ratio"] for run in runs]
-    print(
-        json.dumps(
-            {
-                "id": "C18", "children": children, "gain": gains, "ratio": statistics.median(ratios),
-                "ratio_range": [min(ratios), max(ratios)], "floor": FLOOR, "reached": min(ratios) >= FLOOR, "runs": runs,
-            },
-            indent=1,
-        )
-    )  # fmt: skip
+    result = {
+        "id": "C18",
+        "children": children,
+        "gain": gains,
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "floor": FLOOR,
+        "reached": min(ratios) >= FLOOR,
+        "runs": runs,
+    }
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

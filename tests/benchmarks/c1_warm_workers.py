@@ -1,8 +1,8 @@
 """C1: wall seconds per child of 5 epochs on digits: a warm worker against a fresh process per child.
 
 The four initial networks and the 20 children of `children.json` (made once by random edits of the initial ones, kept so
-that the list never changes). For each network in turn a fresh trainer process and the warm one train it, so that both see
-the same noise. Floor 5x, target 10x on the list and 15x on the smallest. The guard: both give the same error. JSON.
+that the list never changes). For each network in turn a fresh trainer process and the warm one train it, so that both
+see the same noise. Floor 5x, target 10x on the list and 15x on the smallest. The guard: both give the same error. JSON.
 """
 
 from __future__ import annotations
@@ -105,17 +105,21 @@ def main() -> None:
             rows.append({"params": graphs.params(graph, DIGITS), "fresh_s": fresh_s, "warm_s": warm_s})
         warm.kill()
     ratios = [row["fresh_s"] / row["warm_s"] for row in rows]
-    print(
-        json.dumps(
-            {
-                "id": "C1", "networks": len(rows), "fresh_s": statistics.median(row["fresh_s"] for row in rows),
-                "warm_s": statistics.median(row["warm_s"] for row in rows), "ratio": statistics.median(ratios),
-                "ratio_range": [min(ratios), max(ratios)], "ratio_smallest": ratios[0], "floor": FLOOR, "target": TARGET,
-                "target_smallest": TARGET_SMALLEST, "reached": statistics.median(ratios) >= FLOOR, "rows": rows,
-            },
-            indent=1,
-        )
-    )  # fmt: skip
+    result = {
+        "id": "C1",
+        "networks": len(rows),
+        "fresh_s": statistics.median(row["fresh_s"] for row in rows),
+        "warm_s": statistics.median(row["warm_s"] for row in rows),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "ratio_smallest": ratios[0],
+        "floor": FLOOR,
+        "target": TARGET,
+        "target_smallest": TARGET_SMALLEST,
+        "reached": statistics.median(ratios) >= FLOOR,
+        "rows": rows,
+    }
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ def processes(run: Path) -> dict[int, str]:
 
 def pids(run: Path, kind: str) -> list[int]:
     """Processes of a run: `coordinator`, `supervisor` (submitit's task) or `trainer`."""
-    mark = {"coordinator": " search ", "supervisor": "submitit.core._submit", "trainer": "lemonade_hpc.learn.child"}[kind]
+    mark = {"coordinator": " search ", "supervisor": "submitit.core._submit", "trainer": "lemonade_hpc.learn.child"}[
+        kind
+    ]
     return sorted(pid for pid, line in processes(run).items() if mark in line)
 
 
@@ -132,6 +134,11 @@ def num_committed(run: Path) -> int:
     for path in run.glob("epochs/*/journal.log"):
         lines |= {line for line in path.read_text(errors="replace").splitlines() if '"event":"committed"' in line}
     return len(lines)
+
+
+def wait_for_outcomes(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until so many outcomes are in the journal, or the run is over."""
+    wait_for(lambda: num_committed(run) >= count or process.poll() is not None, f"{count} outcomes")
 
 
 def assert_gone(run: Path, seconds: float = 40.0) -> None:

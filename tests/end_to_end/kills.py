@@ -1,7 +1,7 @@
 """Kill processes of real runs at random moments and check that nothing is lost: `python kills.py --kills 50`.
 
-Kills a coordinator, a supervisor or a trainer with SIGKILL, in turn; after a coordinator's death `verify` must pass and the
-same command must go on. Every run, when complete, must have the front of an undisturbed one, bit for bit. Prints
+Kills a coordinator, a supervisor or a trainer with SIGKILL, in turn; after a coordinator's death `verify` must pass and
+the same command must go on. Every run, when complete, must have the front of an undisturbed one, bit for bit. Prints
 JSON.
 """
 

@@ -45,7 +45,7 @@ def test_kill_coordinator(undisturbed: Path, tmp_path: Path) -> None:
     for _ in range(3):
         process = harness.start(config, run)
         target = harness.num_committed(run) + rng.randint(0, 4)
-        harness.wait_for(lambda: harness.num_committed(run) >= target or process.poll() is not None, f"{target} outcomes")
+        harness.wait_for_outcomes(run, target, process)
         time.sleep(rng.random() * 0.3)
         harness.kill(process.pid)
         harness.finish(process)
@@ -64,7 +64,7 @@ def test_kill_worker(undisturbed: Path, tmp_path: Path, kind: str) -> None:
     rng, run = random.Random(5), tmp_path / "run"
     process = harness.start(harness.write_config(tmp_path), run)
     for target in (2, 8):
-        harness.wait_for(lambda target=target: harness.num_committed(run) >= target, f"{target} outcomes")
+        harness.wait_for_outcomes(run, target, process)
         harness.wait_for(lambda: harness.hurt(run, kind, rng), f"a {kind} to kill")
     code, _, err = harness.finish(process)
     assert code == 0, err
@@ -79,7 +79,7 @@ def test_ctrl_c_and_on(undisturbed: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group; it ends within 5 s with code 3, and the same command goes on."""
     run, config = tmp_path / "run", harness.write_config(tmp_path)
     process = harness.start(config, run)
-    harness.wait_for(lambda: harness.num_committed(run) >= 5, "5 outcomes")
+    harness.wait_for_outcomes(run, 5, process)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = harness.finish(process)
@@ -96,7 +96,7 @@ def test_ctrl_c_and_on(undisturbed: Path, tmp_path: Path) -> None:
 def test_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = harness.start(harness.write_config(tmp_path), run)
-    harness.wait_for(lambda: harness.num_committed(run) >= 1, "an outcome")
+    harness.wait_for_outcomes(run, 1, process)
     for worker in harness.pids(run, "supervisor"):
         harness.kill(worker, signal.SIGSTOP)  # workers that do not answer, so that the first Ctrl-C takes its time
     os.killpg(process.pid, signal.SIGINT)
@@ -114,7 +114,7 @@ def test_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
 def test_second_coordinator_is_told_who_holds_the_run(tmp_path: Path) -> None:
     run, config = tmp_path / "run", harness.write_config(tmp_path)
     process = harness.start(config, run)
-    harness.wait_for(lambda: harness.num_committed(run) >= 1, "an outcome")
+    harness.wait_for_outcomes(run, 1, process)
     code, _, err = harness.search(config, run)
     assert code == 2
     assert f"held by process {process.pid}" in err
@@ -126,7 +126,7 @@ def test_paused_coordinator_that_wakes_changes_nothing(undisturbed: Path, tmp_pa
     """SIGSTOP, a take-over that completes, SIGCONT: the sleeper finds itself superseded and leaves."""
     run, config = tmp_path / "run", harness.write_config(tmp_path)
     sleeper = harness.start(config, run)
-    harness.wait_for(lambda: harness.num_committed(run) >= 4, "4 outcomes")
+    harness.wait_for_outcomes(run, 4, sleeper)
     harness.kill(sleeper.pid, signal.SIGSTOP)
     code, _, err = harness.search(config, run, "--take-over")
     assert code == 0, err
