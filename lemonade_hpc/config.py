@@ -323,16 +323,18 @@ def _section(where: list[Any]) -> type[BaseModel]:
 def resolve(config: Config, shape: tuple[int, int, int]) -> Config:
     """Fill in the defaults that follow the data set's image shape (C, H, W), and the mode.
 
-    Small images (below 16 pixels) get short trainings and no flip, cutout or mixup; larger ones the paper's values.
+    Small images (below 16 pixels) get short trainings at a high rate and no augmentation; larger ones the paper's
+    values. Measured on digits: a crop shifted by one of eight pixels doubles a small network's error (1.6 k parameters,
+    40 epochs: 8 % against 3.5 %), and children of 5 epochs find better fronts at 0.2 than at 0.1 or 0.05.
     """
     small = min(shape[1:]) < 16
     defaults: dict[str, Any] = {
         "epochs": 5 if small else 20,
-        "initial_epochs": 20,
+        "initial_epochs": 25 if small else 20,
         "distill_epochs": 1 if small else 5,
-        "lr": 0.05 if small else 0.01,
-        "initial_lr": 0.1 if small else 0.05,
-        "pad": 1 if small else 4,
+        "lr": 0.2 if small else 0.01,
+        "initial_lr": 0.2 if small else 0.05,
+        "pad": 0 if small else 4,
         "flip": not small and shape[0] == 3,
         "cutout": 0 if small else 16,
         "mixup": 0.0 if small else 1.0,
