@@ -16,6 +16,9 @@ Array = NDArray[np.float64]
 BANDWIDTH_FLOOR = 0.02
 """Least standard deviation of a kernel along any direction, in decades: about 5 % of a value."""
 
+ROWS = 128
+"""Points whose density is worked out at a time."""
+
 
 def log_density(data: Array, points: Array) -> Array:
     """Natural log of the density that `data` (n, d) has at `points` (m, d); shape (m,).
@@ -28,14 +31,23 @@ def log_density(data: Array, points: Array) -> Array:
     covariance = (data - mean).T @ (data - mean) / max(1, count - 1) * factor**2
     variances, directions = np.linalg.eigh(covariance)
     deviations = np.sqrt(np.maximum(variances, BANDWIDTH_FLOOR**2))
-    a, b = ((x - mean) @ (directions / deviations) for x in (points, data))
+    whitened = (points - mean) @ (directions / deviations), (data - mean) @ (directions / deviations)
+    volume = np.log(count) + np.log(deviations).sum() + dims / 2 * np.log(2 * np.pi)
+    result: Array = _log_kernels(*whitened) - volume
+    return result
+
+
+def _log_kernels(a: Array, b: Array) -> Array:
+    """For each row of `a` (m, d), the log of its sum over `b` (n, d) of exp(-|a - b|^2 / 2); memory of ROWS x n."""
     # -|a - b|^2 / 2 = (a . b - |b|^2 / 2) - |a|^2 / 2, the first part as one matrix product
-    exponent = np.column_stack([a, np.ones(len(a))]) @ np.column_stack([b, -(b**2).sum(axis=1) / 2]).T
-    top = exponent.max(axis=1)
-    exponent -= top[:, None]
-    kernels = np.exp(exponent, out=exponent).sum(axis=1)
-    volume = count * np.prod(deviations) * (2 * np.pi) ** (dims / 2)
-    result: Array = top - (a**2).sum(axis=1) / 2 + np.log(kernels / volume)
+    left = np.column_stack([a, np.ones(len(a))])
+    right = np.column_stack([b, -(b**2).sum(axis=1) / 2]).T
+    result: Array = -(a**2).sum(axis=1) / 2
+    for k in range(0, len(a), ROWS):
+        exponent = left[k : k + ROWS] @ right
+        top = exponent.max(axis=1)
+        exponent -= top[:, None]
+        result[k : k + ROWS] += top + np.log(np.exp(exponent, out=exponent).sum(axis=1))
     return result
 
 

@@ -9,7 +9,7 @@ of both functions does not grow with history: whether a network was seen before 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -90,13 +90,11 @@ class Parents:
 
     children: tuple[Child, ...] = ()
     anatomies: tuple[Anatomy, ...] = ()
-    uniform: bool = False
 
     @cached_property
     def weights(self) -> density.Array:
-        """Probabilities of being drawn."""
-        cheap = [child.cheap for child in self.children]
-        return _weights(cheap, cheap, self.uniform)
+        """Probabilities in inverse proportion to density."""
+        return _weights(self.children, self.children)
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,7 @@ def _propose(state: State, rng: np.random.Generator, seen: Callable[[str], bool]
     fixed = state.problem
     found: dict[str, Child] = {}
     redrawn: Counter[str] = Counter()
-    drawn = _drawn(state.parents, fixed.config.search.proposals, rng)
+    drawn = _drawn(state, rng)
     for _ in range(fixed.config.search.proposals):
         for parent, anatomy in islice(drawn, 1 + MAX_REDRAWS):
             edits, changed = _mutate(fixed, anatomy, rng)
@@ -242,10 +240,12 @@ def _propose(state: State, rng: np.random.Generator, seen: Callable[[str], bool]
     )
 
 
-def _drawn(parents: Parents, block: int, rng: np.random.Generator) -> Iterator[tuple[Child, Anatomy]]:
+def _drawn(state: State, rng: np.random.Generator) -> Iterator[tuple[Child, Anatomy]]:
     """Parents without end, drawn with replacement, a block at a time."""
+    search, parents = state.problem.config.search, state.parents
+    weights = _even(parents.children) if search.sampling == "uniform" else parents.weights
     while True:
-        for k in density.draw_with_replacement(parents.weights, block, rng).tolist():
+        for k in density.draw_with_replacement(weights, search.proposals, rng).tolist():
             yield parents.children[k], parents.anatomies[k]
 
 
@@ -270,15 +270,19 @@ def _accept(state: State, proposals: list[Child], n: int, rng: np.random.Generat
     fitted = proposals if search.child_density == "proposals" else list(state.members.values())
     if search.count_in_flight:
         fitted = [*fitted, *state.in_flight.values()]
-    weights = _weights([c.cheap for c in fitted], [c.cheap for c in proposals], search.sampling == "uniform")
+    weights = _even(proposals) if search.sampling == "uniform" else _weights(fitted, proposals)
     return [proposals[k] for k in density.draw_without_replacement(weights, n, rng)]
 
 
-def _weights(data: list[tuple[float, ...]], points: list[tuple[float, ...]], uniform: bool) -> density.Array:
-    """Sampling probabilities over `points`: inverse density of `data` in log10 of the cheap objectives, or uniform."""
-    if uniform:
-        return np.full(len(points), 1 / len(points))
-    return density.inverse_density(np.log10(np.array(data)), np.log10(np.array(points)))
+def _weights(fitted: Sequence[Child], drawn: Sequence[Child]) -> density.Array:
+    """Probabilities over `drawn`: inverse density of `fitted`, in log10 of the cheap objectives."""
+    data, points = (np.log10(np.array([child.cheap for child in children])) for children in (fitted, drawn))
+    return density.inverse_density(data, points)
+
+
+def _even(drawn: Sequence[Child]) -> density.Array:
+    """Equal probabilities: the ablation `sampling: uniform`."""
+    return np.full(len(drawn), 1 / len(drawn))
 
 
 # ---------------------------------------------------------------- tell
@@ -309,11 +313,7 @@ def _enter(state: State, front: pareto.Front, child: Child) -> State:
     parents = state.parents
     anatomies = {c.number: anatomy for c, anatomy in zip(parents.children, parents.anatomies, strict=True)}
     anatomies[child.number] = morphisms.study(child.graph, state.problem.signature)
-    parents = Parents(
-        tuple(members.values()),
-        tuple(anatomies[number] for number in front.numbers),
-        state.problem.config.search.sampling == "uniform",
-    )
+    parents = Parents(tuple(members.values()), tuple(anatomies[number] for number in front.numbers))
     return replace(state, front=front, members=members, parents=parents)
 
 

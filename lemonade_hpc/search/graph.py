@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lemonade_hpc.search.ops import Concat, Conv, Facts, Input, Linear, Op, Shape, Signature, facts
+from lemonade_hpc.search.ops import Concat, Conv, Depthwise, Facts, Input, Linear, Op, Shape, Signature, facts
 from lemonade_hpc.search.ops import from_json as op_from_json
 from lemonade_hpc.search.ops import to_json as op_to_json
 
@@ -118,7 +118,8 @@ def channel_runs(graph: Graph, shapes: dict[int, Shape]) -> dict[int, tuple[Run,
 def validate(graph: Graph, signature: Signature) -> dict[int, Facts]:
     """Check everything a graph promises; return `infer`'s result.
 
-    Raises GraphError: order, arity, ids, a node nobody reads, first or last node, additions; ops.ShapeError: shapes.
+    Raises GraphError: order, arity, ids, ties, a node nobody reads, first or last node, additions; ops.ShapeError:
+    shapes.
     """
     if not graph.nodes or not isinstance(graph.nodes[0].op, Input) or not isinstance(graph.nodes[-1].op, Linear):
         raise GraphError("the first node must be the image and the last the classifier")
@@ -139,6 +140,12 @@ def validate(graph: Graph, signature: Signature) -> dict[int, Facts]:
         read.update(node.inputs)
     if unread := seen - read - {graph.nodes[-1].id}:
         raise GraphError(f"nodes {sorted(unread)} are read by nobody")
+    kinds: dict[int, set[str]] = {}
+    for node in graph.nodes:
+        kinds.setdefault(node.tie, set()).add(node.op.name)
+    for tie, names in kinds.items():
+        if len(names) > 1:
+            raise GraphError(f"nodes of tie {tie} are of different operators: {', '.join(sorted(names))}")
     known = infer(graph, signature)
     channel_runs(graph, {id_: fact.shape for id_, fact in known.items()})
     return known
@@ -188,8 +195,14 @@ def to_json(graph: Graph) -> dict[str, Any]:
 
 def from_json(data: dict[str, Any]) -> Graph:
     """The inverse of `to_json`; raises ValueError. Check the result with `validate`."""
-    nodes = tuple(Node(id_, op_from_json(op), tuple(inputs), tie) for id_, op, inputs, tie in data["nodes"])
-    return Graph(nodes, data["next_id"])
+    try:
+        nodes = tuple(Node(id_, op_from_json(op), tuple(inputs), tie) for id_, op, inputs, tie in data["nodes"])
+        next_id = data["next_id"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a graph as `to_json` writes it: {error!r}") from error
+    if not all(type(k) is int for k in (next_id, *(k for n in nodes for k in (n.id, n.tie, *n.inputs)))):
+        raise ValueError("not a graph as `to_json` writes it: ids, inputs, ties and next_id are whole numbers")
+    return Graph(nodes, next_id)
 
 
 def pack(graph: Graph) -> bytes:
@@ -209,7 +222,9 @@ def describe(graph: Graph) -> str:
     words = []
     for node in graph.nodes:
         name = short.get(node.op.name, node.op.name)
+        if isinstance(node.op, (Conv, Depthwise)):
+            name += f"{node.op.kernel}x{node.op.kernel}"
         if isinstance(node.op, Conv):
-            name += f"{node.op.kernel}x{node.op.kernel}({node.op.channels})"
+            name += f"({node.op.channels})"
         words.append(name)
     return " ".join(words)
