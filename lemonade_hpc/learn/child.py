@@ -157,7 +157,7 @@ def _inherit(lab: Lab, task: dict[str, Any], generator: torch.Generator) -> tupl
     graph = graphs.from_json(task["parent"]["graph"])
     weights = _read(lab, task["parent"]["weights"])
     morphed = _morph(lab, task, graph, weights, generator)
-    if graphs.digest(morphed.graph) != task["digest"]:
+    if morphed.graph != graphs.from_json(task["graph"]):  # ids included: weights are called by them
         raise RuntimeError(f"child {task['child']}: the edits do not lead to the graph that was asked for")
     teacher = _network(lab, graph, weights)
     network = _network(lab, morphed.graph, morphed.weights)
@@ -198,8 +198,9 @@ def _receipt(lab: Lab, parent: Network, child: Network, morphed: Morphed) -> dic
     """Measure what the morphism did, before any training; raises OutOfTolerance for an exact one that did harm."""
     probes = lab.validation.first(NUM_PROBES).double()
     with torch.no_grad():
-        before, after = (net.double()(probes) for net in (parent, child))
-    parent.float(), child.float()
+        before, after = (network.double()(probes) for network in (parent, child))
+    for network in (parent, child):
+        network.float()
     difference = float((after - before).abs().max())
     scale = float(before.abs().max())
     relative = difference / scale if scale else difference

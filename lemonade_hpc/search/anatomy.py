@@ -127,16 +127,14 @@ def study(graph: Graph, signature: Signature, before: Anatomy | None = None) -> 
     if before is None:
         return Anatomy(graph, signature, infer(graph, signature))
     assert before.signature == signature
-    known: dict[int, Facts] = {}
-    reshaped: set[int] = set()
+    known = dict(before.facts)
+    stale = {node.id for node in graph.nodes if before.by_id.get(node.id) is not node}
     for node in graph.nodes:
-        id_ = node.id
-        old = before.facts.get(id_)
-        if before.by_id.get(id_) is node and (not reshaped or reshaped.isdisjoint(node.inputs)):
-            assert old is not None
-            known[id_] = old
-            continue
-        known[id_] = new = facts(node.op, signature, *[known[source].shape for source in node.inputs])
-        if old is None or old.shape != new.shape:
-            reshaped.add(id_)
+        if node.id in stale:
+            old = known.get(node.id)
+            known[node.id] = new = facts(node.op, signature, *[known[source].shape for source in node.inputs])
+            if old is not None and old.shape != new.shape:
+                stale.update([reader.id for reader in before.readers[node.id]])
+    if len(known) > len(graph.nodes):
+        known = {node.id: known[node.id] for node in graph.nodes}
     return Anatomy(graph, signature, known)

@@ -268,8 +268,7 @@ def _may_remove(anatomy: Anatomy, members: list[Node], arg: int) -> bool:
         if node.id in anatomy.feeds_add and anatomy.sizes(node.id) != anatomy.sizes(stand_in):
             return False
         for reader in anatomy.readers[node.id]:
-            inputs = {still_there(change, source) for source in reader.inputs}
-            if len(inputs) < len(reader.inputs) and reader.id not in change.dropped:
+            if len({still_there(change, source) for source in reader.inputs}) < len(reader.inputs):
                 return False
         for other in node.inputs[1:]:
             if all([reader.id in change.dropped for reader in anatomy.readers[other]]):

@@ -248,10 +248,14 @@ def test_statistics_of_an_inserted_batchnorm_follow_the_setting(lab: Lab, root: 
 # ---------------------------------------------------------------- what is nobody's child's fault
 
 
-def test_edits_that_do_not_lead_to_the_digest_are_a_defect(lab: Lab, root: Task) -> None:
-    task = child_of(ROOT, root, 10, EXACT) | {"digest": "0" * 32}
-    with pytest.raises(RuntimeError, match="child 10: the edits do not lead to the graph"):
-        child.train_child(lab, task)
+def test_edits_that_do_not_lead_to_the_graph_are_a_defect(lab: Lab, root: Task) -> None:
+    """Ids count too: the stored weights are called by them."""
+    task = child_of(ROOT, root, 10, EXACT)
+    graph = graphs.from_json(task["graph"])
+    other = Graph(tuple(replace(node, tie=node.id + 1000) for node in graph.nodes), graph.next_id)
+    for wrong in (ROOT["graph"], graphs.to_json(other)):
+        with pytest.raises(RuntimeError, match="child 10: the edits do not lead to the graph"):
+            child.train_child(lab, task | {"graph": wrong})
 
 
 def test_a_parents_file_that_is_not_what_was_stored_is_refused(lab: Lab, root: Task) -> None:

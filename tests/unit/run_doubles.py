@@ -1,0 +1,242 @@
+"""Doubles beneath the run ring: a data set of a few images, trainers that answer at once, a backend that can be hurt.
+
+Imported by the tests of `run/`; never imports torch. What stands on top (worker, coordinator, session, record) is real.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lemonade_hpc import config as configs
+from lemonade_hpc import files
+from lemonade_hpc.config import Config
+from lemonade_hpc.data import DataSet, Part
+from lemonade_hpc.run import backends, coordinator, lease, owner, record, session, worker
+from lemonade_hpc.run.log import Message
+from lemonade_hpc.run.record import History
+from lemonade_hpc.search import evolution
+from lemonade_hpc.search.evolution import Problem
+from lemonade_hpc.search.ops import Signature
+
+BASE: dict[str, Any] = {
+    "seed": 3,
+    "data": {"name": "digits"},
+    "objectives": [{"name": "val_error"}, {"name": "params", "min": 300, "max": 20000}],
+    "search": {"mode": "generational", "children": 18, "accepted": 6, "proposals": 8},
+    "cluster": {"backend": "inline", "workers": 2},
+    "storage": {"seal_every": 10},
+}
+FAILURE = {"kind": "Diverged", "reason": "the loss is not a number"}
+
+Behave = Callable[[Message], str | None]
+"""What goes wrong with a task: None, or one of FakeTrainer's words."""
+
+
+def config(**changes: dict[str, Any] | int) -> Config:
+    """BASE with some keys changed, and the defaults that follow the data."""
+    merged = {k: v | changes.get(k, {}) if isinstance(v, dict) else changes.get(k, v) for k, v in BASE.items()}
+    return configs.resolve(configs.from_dict(merged, "test"), (1, 8, 8))
+
+
+def images(seed: int = 0) -> DataSet:
+    """Thirty images of 8x8 pixels in ten classes."""
+    rng = np.random.default_rng(seed)
+    part = Part(rng.integers(0, 255, (10, 1, 8, 8)).astype(np.uint8), np.arange(10))
+    return DataSet("digits", part, part, part, 10, f"checksum {seed}")
+
+
+def problem(settings: Config) -> Problem:
+    """The fixed part of a search on `images`."""
+    return evolution.problem(settings, Signature((1, 8, 8), 10), 0.9)
+
+
+def error_of(digest: str) -> float:
+    """A synthetic error in [0.05, 0.9), fixed for a network."""
+    return round(0.05 + 0.85 * (zlib.crc32(digest.encode()) % 10007) / 10007, 4)
+
+
+def outcome(task: Message, run: Path) -> Message:
+    """What a trainer reports of a child that went well, its weights on file."""
+    path = files.attempt_folder(task["child"], task["attempt"]) / "weights.safetensors"
+    (run / path).parent.mkdir(parents=True, exist_ok=True)
+    content = f"weights of {task['digest']}".encode()
+    (run / path).write_bytes(content)
+    return {
+        **{key: task[key] for key in ("child", "attempt", "digest")},
+        "objectives": {"val_error": error_of(task["digest"])},
+        "receipt": None if task["parent"] is None else {"exact": True, "relative_difference": 1e-9},
+        "weights": {"path": str(path), "sha256": files.sha256(content), "bytes": len(content)},
+        "wall_s": 0.5,
+        "device": "fake",
+    }
+
+
+class FakeTrainer:
+    """Answers at once. Words: fail, crash, hang, storage, unfit (dies before it is ready)."""
+
+    def __init__(self, run: Path, behave: Behave = lambda task: None) -> None:
+        self.run, self.behave = run, behave
+        self.messages: list[Message] = [{"ready": "fake"}]
+        self.death: str | None = None
+        self.killed = False
+
+    def send(self, task: Message) -> None:
+        word = self.behave(task)
+        if task["parent"] is not None and not (self.run / task["parent"]["weights"]["path"]).exists():
+            word = "crash"
+        if word == "unfit":
+            self.messages, self.death = [], "exit code 1\nno GPU here"
+        elif word == "crash":
+            self.death = "killed by SIGSEGV\nlast words"
+        elif word == "storage":
+            self.messages.append({"storage": f"child {task['child']}: No space left on device"})
+        elif word == "fail":
+            self.messages.append({key: task[key] for key in ("child", "attempt", "digest")} | {"failure": FAILURE})
+        elif word != "hang":
+            self.messages += [{"child": task["child"], "epoch": 1}, outcome(task, self.run)]
+
+    def poll(self) -> list[Message]:
+        messages, self.messages = self.messages, []
+        return messages
+
+    def died(self) -> str | None:
+        return self.death
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class FakeBackend:
+    """Real workers with fake trainers, in this process. `seed` shuffles who works when; `die` is a kill -9."""
+
+    def __init__(self, run: Path, behave: Behave = lambda task: None, seed: int | None = None) -> None:
+        self.run, self.behave = run, behave
+        self.workers: dict[str, worker.Worker] = {}
+        self.killed: list[str] = []
+        self.closed = False
+        self._rng = None if seed is None else random.Random(seed)
+
+    def launch(self, name: str) -> None:
+        self.workers[name] = worker.Worker(self.run, name, lambda epoch: FakeTrainer(self.run, self.behave))
+
+    def adopt(self, name: str, who: dict[str, Any]) -> None:
+        pass
+
+    def alive(self, name: str) -> bool:
+        return name in self.workers
+
+    def kill(self, name: str) -> None:
+        self.killed.append(name)
+        self.die(name)
+
+    def die(self, name: str) -> None:
+        self.workers.pop(name, None)
+
+    def step(self) -> None:
+        names = list(self.workers)
+        if self._rng is not None:
+            names = self._rng.sample(names, self._rng.randint(0, len(names)))
+        for name in names:
+            if name in self.workers and not self.workers[name].step():
+                self.workers.pop(name, None)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Notes:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.doing: list[dict[str, str]] = []
+
+    def update(self, history: History, workers: dict[str, str]) -> None:
+        self.doing.append(workers)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def about(self, text: str) -> list[str]:
+        """The notes that contain a text."""
+        return [note for note in self.notes if text in note]
+
+
+def search(
+    run: Path,
+    settings: Config,
+    behave: Behave = lambda task: None,
+    *,
+    backend: backends.Backend | None = None,
+    notes: Notes | None = None,
+    take_over: bool = False,
+) -> History:
+    """`session.search` with fake trainers, or with the given backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "_backend", lambda run, config: backend or FakeBackend(run, behave))
+        return session.search(settings, run, notes or Notes(), take_over=take_over)
+
+
+def start(
+    run: Path, settings: Config, backend: backends.Backend, notes: Notes | None = None
+) -> coordinator.Coordinator:
+    """A coordinator that holds the lease of `run`, to be driven by hand."""
+    fixed = session._prepare(settings, images(), run)
+    loaded = record.load(run, fixed)
+    names = sorted({*session._living(run), *session._owing(loaded.history)})
+    _, journal = lease.open_epoch(run, settings, loaded, names, take_over=True)
+    made = coordinator.Coordinator(run, settings, loaded.history, journal, backend, notes or Notes())
+    made.adopt(names)
+    return made
+
+
+def load(run: Path, settings: Config) -> record.Loaded:
+    """The record of a run."""
+    return record.load(run, problem(settings))
+
+
+def events(run: Path, settings: Config, kind: str | None = None) -> list[dict[str, Any]]:
+    """Its events in effect, of one kind or all."""
+    found: list[dict[str, Any]] = []
+    record.load(run, problem(settings), found)
+    return [event for event in found if kind in (None, event["event"])]
+
+
+def front(history: History) -> list[tuple[int, str, tuple[float, ...]]]:
+    """What must be equal between runs: numbers, networks, objective values."""
+    state = history.state
+    rows = zip(state.front.numbers, state.front.values.tolist(), strict=True)
+    return [(number, state.members[number].digest, tuple(values)) for number, values in rows]
+
+
+def assert_sound(run: Path) -> None:
+    """`verify` finds nothing."""
+    from lemonade_hpc.run.verify import verify
+
+    assert [(name, faults) for name, faults in verify(run) if faults] == []
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def copy(run: Path, to: Path) -> Path:
+    """A copy of a run folder that can be hurt."""
+    shutil.copytree(run, to)
+    return to
+
+
+def install(patch: pytest.MonkeyPatch) -> None:
+    """No waiting, a data set at hand, and every earlier coordinator counts as gone (it was this process)."""
+    patch.setattr(coordinator, "POLL_S", 0.0)
+    patch.setattr(session.data_sets, "load", lambda data: images())
+    patch.setattr(owner, "judge", lambda who: "gone")
