@@ -54,6 +54,7 @@ def milliseconds(action: Callable[[], object]) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="the same: it takes seconds")
     parser.add_argument("--rounds", type=int, default=51)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
