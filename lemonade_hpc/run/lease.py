@@ -55,9 +55,9 @@ def open_epoch(
         if take_over:
             _check_silent(run, loaded)
         os.rename(aside, run / files.epoch_folder(number))
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if (run / files.epoch_folder(number)).exists():
+        if isinstance(error, OSError) and (run / files.epoch_folder(number)).exists():
             check_free(run, take_over=False)
             raise Held(f"{run}: another coordinator has just started") from error
         raise
