@@ -29,6 +29,8 @@ from lemonade_hpc import files
 from lemonade_hpc.run import owner
 from lemonade_hpc.run.log import LogReader, LogWriter, Message
 
+TRAINER = ("-m", "lemonade_hpc.learn.child")
+"""What a trainer process runs."""
 POLL_S = 0.02
 BEAT_S = 5.0
 ORPHAN_S = 60.0
@@ -63,7 +65,7 @@ class ProcessTrainer:
     """`learn/child.py` in its own process, which leaves when this one does: its standard input closes."""
 
     def __init__(self, run: Path, epoch: int, log: Path) -> None:
-        command = [sys.executable, "-m", "lemonade_hpc.learn.child", str(run), str(run / files.owner(epoch))]
+        command = [sys.executable, *TRAINER, str(run), str(run / files.owner(epoch))]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         self._log = log
@@ -219,7 +221,7 @@ class Worker:
         for task in self._queue:  # the new coordinator sends again what it wants done
             self._known.discard((task["child"], task["attempt"]))
         self._queue.clear()
-        self._leaving = False
+        self._leaving, self._pulse = False, -1
         owned = json.loads((self.run / files.owner(epoch)).read_text())
         self._owner = owned["owner"]
         cluster = owned["config"]["cluster"]

@@ -1,0 +1,530 @@
+"""The worker's supervisor: assignments, crashes, timeouts, signals, coordinators that go and come."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lemonade_hpc import files
+from lemonade_hpc.run import lease, owner, session, worker
+from lemonade_hpc.run.log import LogReader, LogWriter, Message
+from lemonade_hpc.run.worker import ProcessTrainer, Worker
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import run_doubles as doubles  # noqa: E402
+
+SETTINGS = doubles.config(cluster={"idle_exit_min": 1.0, "child_timeout_min": 2.0})
+NAME = "e1w00"
+
+
+class Clock:
+    """A clock that goes when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Desk:
+    """A run folder with one worker, seen from the coordinator's side."""
+
+    def __init__(self, run: Path, clock: Clock) -> None:
+        self.run, self.clock = run, clock
+        self.words: dict[int, str] = {}
+        """What goes wrong with a child."""
+        self.trainers: list[doubles.FakeTrainer] = []
+        session._prepare(SETTINGS, doubles.images(), run)
+        (run / files.done_log(NAME)).parent.mkdir(parents=True)
+        self.open_epoch()
+        self.worker = Worker(run, NAME, self._start_trainer)
+        self._reader = LogReader(run / files.done_log(NAME))
+
+    def _start_trainer(self, epoch: int) -> doubles.FakeTrainer:
+        self.trainers.append(doubles.FakeTrainer(self.run, lambda task: self.words.get(task["child"])))
+        return self.trainers[-1]
+
+    def open_epoch(self, *, with_mailbox: bool = True) -> None:
+        loaded = doubles.load(self.run, SETTINGS)
+        workers = (NAME,) if with_mailbox else ()
+        epoch, journal = lease.open_epoch(self.run, SETTINGS, loaded, workers, take_over=True)
+        journal.close()
+        if with_mailbox:
+            self.mailbox = LogWriter(self.run / files.assigned_log(epoch, NAME))
+
+    def send(self, *messages: Message) -> None:
+        self.mailbox.append(messages)
+
+    def steps(self, count: int = 2) -> bool:
+        return all(self.worker.step() for _ in range(count))  # none after the one that leaves
+
+    def wait(self, seconds: float) -> bool:
+        self.clock.now += seconds
+        return self.worker.step()
+
+    def heard(self, *kinds: str) -> list[Message]:
+        """New reports, of some kinds or all."""
+        return [message for message in self._reader.poll() if not kinds or message["say"] in kinds]
+
+    def said(self) -> list[str]:
+        return [message["say"] for message in self.heard()]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    clock = Clock()
+    monkeypatch.setattr(worker, "time", clock)
+    made = Desk(tmp_path / "run", clock)
+    yield made
+    made.mailbox.close()
+
+
+def task(child: int, attempt: str = "e1a1") -> Message:
+    return {"do": "train", "child": child, "attempt": attempt, "digest": f"{child:032x}", "parent": None}
+
+
+# ---------------------------------------------------------------- assignments
+
+
+def test_a_child_is_trained_and_reported(desk: Desk) -> None:
+    assert desk.steps() and desk.trainers == []  # none is started before there is work
+    desk.send(task(0))
+    assert desk.steps()
+    hello, started, ready, epoch, outcome = desk.heard()
+    assert hello["say"] == "hello" and owner.judge(hello) == "alive"
+    assert started == {"say": "started", "child": 0, "attempt": "e1a1"}
+    assert ready == {"say": "ready", "device": "fake"}
+    assert epoch == {"say": "epoch", "child": 0, "epoch": 1}
+    assert outcome["outcome"]["objectives"]["val_error"] == doubles.error_of(f"{0:032x}")
+    assert (desk.run / outcome["outcome"]["weights"]["path"]).exists()
+
+
+def test_one_trainer_trains_one_child_after_another(desk: Desk) -> None:
+    desk.send(task(0), task(1), task(2))
+    assert desk.steps(4)
+    assert [message["outcome"]["child"] for message in desk.heard("outcome")] == [0, 1, 2]
+    assert len(desk.trainers) == 1
+
+
+def test_an_attempt_sent_again_is_not_trained_again(desk: Desk) -> None:
+    desk.send(task(0), task(0))
+    desk.steps(3)
+    desk.send(task(0), task(0, "e1a2"))
+    desk.steps(3)
+    assert [message["outcome"]["attempt"] for message in desk.heard("outcome")] == ["e1a1", "e1a2"]
+
+
+def test_a_queued_child_that_is_revoked_is_not_trained(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0), task(1), task(2))
+    desk.steps()
+    desk.send({"do": "revoke", "child": 1, "attempt": "e1a1"})
+    desk.steps()
+    desk.words.clear()
+    desk.send({"do": "revoke", "child": 0, "attempt": "e1a1"})
+    desk.steps(3)
+    assert [message["outcome"]["child"] for message in desk.heard("outcome")] == [2]
+    assert [trainer.killed for trainer in desk.trainers] == [True, False]
+
+
+def test_a_revocation_of_another_attempt_changes_nothing(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0), task(1))
+    desk.steps()
+    desk.send({"do": "revoke", "child": 0, "attempt": "e1a9"}, {"do": "revoke", "child": 1, "attempt": "e1a9"})
+    desk.steps()
+    assert not desk.trainers[0].killed
+    assert len(desk.worker._queue) == 1
+
+
+# ---------------------------------------------------------------- trainers in trouble
+
+
+def test_a_crash_is_reported_with_the_last_words_and_the_next_child_gets_a_new_trainer(desk: Desk) -> None:
+    desk.words[0] = "crash"
+    desk.send(task(0), task(1))
+    assert desk.steps(4)
+    crashed, outcome = desk.heard("crashed", "outcome")
+    reason = "killed by SIGSEGV\nlast words"
+    assert crashed == {"say": "crashed", "child": 0, "attempt": "e1a1", "reason": reason}
+    assert outcome["outcome"]["child"] == 1
+    assert len(desk.trainers) == 2
+
+
+def test_an_outcome_followed_by_death_is_an_outcome(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    desk.steps()
+    desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
+    desk.trainers[0].death = "exit code 1"
+    assert desk.steps()
+    assert [message["say"] for message in desk.heard("outcome", "crashed", "unfit", "bye")] == ["outcome"]
+    desk.send(task(1))
+    desk.steps()
+    assert len(desk.trainers) == 2
+
+
+def test_a_worker_whose_trainer_cannot_start_is_unfit_and_leaves(desk: Desk) -> None:
+    desk.words[0] = "unfit"
+    desk.send(task(0))
+    assert not desk.steps()
+    unfit, bye = desk.heard("unfit", "crashed", "outcome", "bye")
+    assert unfit == {"say": "unfit", "reason": "exit code 1\nno GPU here"}
+    assert bye["say"] == "bye"
+
+
+def test_a_child_that_takes_too_long_fails(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0), task(1))
+    assert desk.steps() and desk.wait(119)
+    assert not desk.trainers[0].killed
+    assert desk.wait(2) and desk.trainers[0].killed
+    assert desk.steps()
+    first, second = (message["outcome"] for message in desk.heard("outcome"))
+    assert (
+        first["failure"]["kind"] == "timeout" and "cluster.child_timeout_min = 2 minutes" in first["failure"]["reason"]
+    )
+    assert (first["child"], first["attempt"], first["digest"]) == (0, "e1a1", f"{0:032x}")
+    assert second["child"] == 1 and "failure" not in second
+
+
+def test_each_child_has_its_own_time(desk: Desk) -> None:
+    desk.send(task(0))
+    desk.steps()
+    desk.clock.now += 100
+    desk.words[1] = "hang"
+    desk.send(task(1))
+    assert desk.steps() and desk.wait(100)
+    assert not desk.trainers[0].killed
+
+
+def test_storage_trouble_is_reported_and_the_child_may_be_sent_again(desk: Desk) -> None:
+    desk.words[0] = "storage"
+    desk.send(task(0))
+    assert desk.steps()
+    (message,) = desk.heard("storage", "outcome", "crashed")
+    assert message == {"say": "storage", "reason": "child 0: No space left on device"}
+    desk.words.clear()
+    desk.send(task(0))
+    assert desk.steps()
+    assert desk.heard("outcome")[0]["outcome"]["child"] == 0
+
+
+# ---------------------------------------------------------------- leaving
+
+
+def bye(desk: Desk) -> str:
+    (message,) = desk.heard("bye")
+    return str(message["reason"])
+
+
+def test_stop_ends_at_once(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0), task(1))
+    desk.steps()
+    desk.send({"do": "stop"}, task(2))
+    assert not desk.worker.step()
+    assert bye(desk) == "stopped by the coordinator" and desk.trainers[0].killed
+
+
+def test_leave_ends_after_the_work(desk: Desk) -> None:
+    desk.send({"do": "leave"}, task(0), task(1))
+    assert not desk.steps(5)
+    assert len(desk.heard("outcome")) == 2
+    desk._reader = LogReader(desk.run / files.done_log(NAME))
+    assert bye(desk) == "no more work"
+
+
+def test_a_signal_ends_at_once(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    desk.steps()
+    desk.worker.signalled = True
+    assert not desk.worker.step()
+    assert bye(desk) == "signalled" and desk.trainers[0].killed
+
+
+def test_a_worker_without_work_leaves(desk: Desk) -> None:
+    desk.send(task(0))
+    desk.steps(3)
+    assert desk.wait(59)
+    assert not desk.wait(1)
+    assert bye(desk) == "idle"
+
+
+def test_a_worker_at_work_is_not_idle(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    desk.steps()
+    assert desk.wait(100)
+    desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
+    assert desk.wait(1) and desk.wait(58)
+    assert not desk.wait(2)
+
+
+def test_a_damaged_mailbox_makes_it_leave(desk: Desk) -> None:
+    """What it did not read, it cannot do; the coordinator sends it to another."""
+    path = desk.run / files.assigned_log(1, NAME)
+    desk.send(task(0), task(1))
+    content = bytearray(path.read_bytes())
+    content[30] ^= 1
+    path.write_bytes(bytes(content))
+    assert not desk.worker.step()
+    assert bye(desk) == "its mailbox is damaged"
+
+
+def test_it_says_that_it_lives(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    desk.steps()
+    desk.heard()
+    for _ in range(3):
+        assert desk.wait(5)
+    assert desk.wait(4)
+    assert desk.said() == ["alive"] * 3
+
+
+# ---------------------------------------------------------------- coordinators go and come
+
+
+def test_a_new_coordinator_is_followed(desk: Desk) -> None:
+    """What it does not send again is dropped, what is in training goes on and is not trained twice."""
+    desk.words[0] = "hang"
+    desk.send(task(0), task(1), task(2))
+    desk.steps()
+    old = desk.mailbox
+    desk.open_epoch()
+    desk.send(task(0), task(2), task(3))
+    old.append([{"do": "stop"}])  # a coordinator that is superseded is not obeyed
+    old.close()
+    assert desk.steps()
+    desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
+    assert desk.steps(4)
+    assert [message["outcome"]["child"] for message in desk.heard("outcome")] == [0, 2, 3]
+    assert len(desk.trainers) == 1
+
+
+def test_a_new_coordinator_undoes_leave(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0), {"do": "leave"})
+    desk.steps()
+    desk.mailbox.close()
+    desk.open_epoch()
+    desk.steps()
+    desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
+    assert desk.steps(3)
+
+
+def test_a_new_coordinator_without_a_mailbox_for_it_has_given_it_up(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    desk.steps()
+    desk.open_epoch(with_mailbox=False)
+    assert not desk.worker.step()
+    assert bye(desk) == "given up by a later coordinator" and desk.trainers[0].killed
+
+
+def test_a_run_folder_that_is_gone_makes_it_leave(desk: Desk) -> None:
+    (desk.run / files.EPOCHS).rename(desk.run / "elsewhere")
+    assert not desk.worker.step()
+
+
+@pytest.mark.parametrize("verdict", ["alive", "gone"])
+def test_it_leaves_a_coordinator_that_is_gone_once_its_work_is_done(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, verdict: str
+) -> None:
+    monkeypatch.setattr(owner, "judge", lambda who: verdict)
+    desk.words[0] = "hang"
+    desk.send(task(0), task(1))
+    assert desk.steps() and desk.wait(60)
+    desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
+    assert desk.steps(4)
+    assert len(desk.heard("outcome")) == 2
+    assert desk.wait(4.9)  # its successor may come
+    assert desk.wait(0.2) == (verdict == "alive")
+    assert verdict == "alive" or bye(desk) == "the coordinator is gone"
+
+
+def test_where_the_coordinator_cannot_be_seen_its_heartbeat_tells(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "judge", lambda who: "unknown")
+    monkeypatch.setattr(desk.worker, "_idle_exit_s", 1e9)
+    for _ in range(10):
+        assert desk.wait(30)
+        with open(desk.run / files.heartbeat(1), "ab") as file:
+            file.write(b".")
+    assert desk.wait(30) and desk.wait(30) and desk.wait(30)
+    assert not desk.wait(1)
+    assert bye(desk) == "the coordinator is gone"
+
+
+def test_a_new_coordinators_heartbeat_is_not_mistaken_for_the_old_ones(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "judge", lambda who: "unknown")
+    monkeypatch.setattr(desk.worker, "_idle_exit_s", 1e9)
+    assert desk.wait(10)
+    desk.mailbox.close()
+    desk.open_epoch()
+    monkeypatch.setattr(desk.worker, "_idle_exit_s", 1e9)
+    assert desk.wait(0)
+    monkeypatch.setattr(desk.worker, "_idle_exit_s", 1e9)
+    assert desk.wait(59)  # both stand at zero beats
+
+
+# ---------------------------------------------------------------- trainer processes
+
+
+def standin(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Trainer processes run `code` in place of `learn/child.py`."""
+    monkeypatch.setattr(worker, "TRAINER", ("-c", "import json, os, sys, time\n" + code))
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """What `condition` gives once it gives something; fails after ten seconds."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.005)
+    raise AssertionError("nothing came")
+
+
+ECHO = """
+print("a library says hello", file=sys.stderr)
+print(json.dumps({"ready": sys.argv[2]}), flush=True)
+for line in sys.stdin:
+    print(json.dumps({"child": json.loads(line)["child"], "objectives": {}}), flush=True)
+"""
+
+
+def test_a_trainer_process_answers_and_leaves_with_its_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standin(monkeypatch, ECHO)
+    trainer = ProcessTrainer(tmp_path, 7, tmp_path / "log")
+    assert until(trainer.poll) == [{"ready": str(tmp_path / files.owner(7))}]
+    trainer.send(task(3))
+    assert until(trainer.poll) == [{"child": 3, "objectives": {}}]
+    assert trainer.died() is None
+    assert os.getsid(trainer._process.pid) != os.getsid(0)
+    assert trainer._process.stdin is not None
+    trainer._process.stdin.close()  # as when the supervisor is killed
+    assert until(trainer.died) == "exit code 0\na library says hello"
+    assert (tmp_path / "log").read_text() == "a library says hello\n"
+    trainer.kill()
+
+
+def test_a_trainer_process_that_dies_tells_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    standin(monkeypatch, "print('Traceback: \\xff', file=sys.stderr); sys.exit(7)")
+    trainer = ProcessTrainer(tmp_path, 1, tmp_path / "log")
+    reason = until(trainer.died)
+    assert reason.startswith("exit code 7\nTraceback: ")
+    trainer.send(task(1))  # nobody reads it: `died` has told
+    assert trainer.poll() == []
+    trainer.kill()
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL"])
+def test_a_trainer_process_killed_by_a_signal_tells_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    standin(monkeypatch, "import signal; print('hm', file=sys.stderr, flush=True); signal.pause()")
+    trainer = ProcessTrainer(tmp_path, 1, tmp_path / "log")
+    until(lambda: trainer.poll() or (tmp_path / "log").exists())
+    trainer._process.send_signal(getattr(signal, name))
+    assert until(trainer.died) == f"killed by {name}\nhm"
+    trainer.kill()
+
+
+def test_a_large_task_reaches_a_trainer_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    standin(monkeypatch, "print(json.dumps({'length': len(sys.stdin.readline())}), flush=True); sys.stdin.read()")
+    trainer = ProcessTrainer(tmp_path, 1, tmp_path / "log")
+    large = task(1) | {"graph": "x" * 300_000}
+    trainer.send(large)
+    assert until(trainer.poll) == [{"length": len(json.dumps(large)) + 1}]
+    trainer.kill()
+    assert trainer._process.returncode == -signal.SIGKILL
+
+
+def test_what_is_printed_among_the_messages_goes_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    standin(
+        monkeypatch,
+        "print('Welcome to the cluster!\\n3\\n{\"ready\": \"cpu\"}\\n', end='{torn', flush=True); sys.stdin.read()",
+    )
+    trainer = ProcessTrainer(tmp_path, 1, tmp_path / "log")
+    assert until(trainer.poll) == [{"ready": "cpu"}]
+    assert (tmp_path / "log").read_text() == "Welcome to the cluster!\n3\n"
+    trainer.kill()
+
+
+def test_a_trainer_that_floods_its_log_holds_nobody_up_and_is_capped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LOG_CAP", 300_000)
+    standin(monkeypatch, "block = b'0123456789' * 10000\nwhile True: os.write(2, block)")
+    trainer = ProcessTrainer(tmp_path, 1, tmp_path / "log")
+
+    def full() -> bool:
+        started = time.monotonic()
+        trainer.poll()
+        assert time.monotonic() - started < 5
+        assert len(trainer._tail) <= worker.TAIL
+        return (tmp_path / "log").exists() and (tmp_path / "log").stat().st_size >= 300_000
+
+    until(full)
+    for _ in range(20):
+        trainer.poll()
+    assert (tmp_path / "log").stat().st_size == 300_000
+    trainer.kill()
+
+
+def test_one_reading_of_a_flood_is_bounded() -> None:
+    class Flood:
+        def read(self, size: int) -> bytes:
+            return b"x" * size
+
+    assert len(worker._drain(Flood())) == worker.CHUNK * worker.CHUNKS
+
+
+def test_serve_is_a_workers_whole_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: a task, a signal, goodbye."""
+    standin(monkeypatch, ECHO)
+    desk = Desk(tmp_path / "run", Clock())
+    desk.worker._done.close()
+    (desk.run / files.done_log(NAME)).unlink()
+    desk.send(task(0))
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if desk.heard("outcome"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.001)
+
+    class Time:
+        monotonic, sleep = staticmethod(time.monotonic), staticmethod(nap)
+
+    monkeypatch.setattr(worker, "time", Time)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    desk._reader = LogReader(desk.run / files.done_log(NAME))
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+    before = {which: signal.getsignal(which) for which in handled}
+    try:
+        worker.serve(str(desk.run), NAME)
+        assert all(signal.getsignal(which) != before[which] for which in handled)
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    assert bye(desk) == "signalled" and set(naps) == {worker.POLL_S}
+    desk.mailbox.close()
