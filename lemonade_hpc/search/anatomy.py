@@ -1,7 +1,6 @@
 """What an edit is, and a graph with everything that edits ask about it.
 
-Decides: nothing. Each answer is worked out when first asked for, and what an edit has left alone is taken over from
-the graph before it (`study`), so that scoring a child costs what has changed and not what there is.
+Decides: nothing. Each answer is worked out when first asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lemonade_hpc.search.graph import Graph, Node, Run, channel_runs, infer, readers
-from lemonade_hpc.search.ops import Add, Concat, Conv, Facts, Op, ReLU, Shape, Signature, facts
+from lemonade_hpc.search.ops import Add, Concat, Conv, Facts, Op, ReLU, Shape, Signature
 
 EXACT = frozenset({"insert", "widen", "add", "concat"})
 """Kinds of edit that leave the function unchanged (network morphisms)."""
@@ -118,23 +117,6 @@ class Anatomy:
         return frozenset(found)
 
 
-def study(graph: Graph, signature: Signature, before: Anatomy | None = None) -> Anatomy:
-    """A graph's anatomy; raises ops.ShapeError for an invalid one.
-
-    `before`: the anatomy, on the same signature, of the graph that this one was edited from. Only a node that is new,
-    changed, or reads one of another shape than before is judged again.
-    """
-    if before is None:
-        return Anatomy(graph, signature, infer(graph, signature))
-    assert before.signature == signature
-    known = dict(before.facts)
-    stale = {node.id for node in graph.nodes if before.by_id.get(node.id) is not node}
-    for node in graph.nodes:
-        if node.id in stale:
-            old = known.get(node.id)
-            known[node.id] = new = facts(node.op, signature, *[known[source].shape for source in node.inputs])
-            if old is not None and old.shape != new.shape:
-                stale.update([reader.id for reader in before.readers[node.id]])
-    if len(known) > len(graph.nodes):
-        known = {node.id: known[node.id] for node in graph.nodes}
-    return Anatomy(graph, signature, known)
+def study(graph: Graph, signature: Signature) -> Anatomy:
+    """A graph's anatomy; raises ops.ShapeError for an invalid one."""
+    return Anatomy(graph, signature, infer(graph, signature))

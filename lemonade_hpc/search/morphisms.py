@@ -89,20 +89,25 @@ def legal(anatomy: Anatomy, edit: Edit) -> bool:
 
 def apply(anatomy: Anatomy, edit: Edit) -> Graph:
     """The edited graph; raises EditError where the edit is not legal. Applied to every copy of the tie or to none."""
+    return edited(anatomy, edit).graph
+
+
+def edited(anatomy: Anatomy, edit: Edit) -> Anatomy:
+    """`apply` and `study` in one, at the cost of what changes."""
     if not legal(anatomy, edit):
         where = [node.id for node in anatomy.ties.get(edit.site, [])]
         raise EditError(f"{edit} is not legal here (nodes {where}); kinds of edit are {', '.join(_RULES)}")
-    return _apply(anatomy, edit)
+    return _edited(anatomy, edit)
 
 
 def mutate(anatomy: Anatomy, operators: Iterable[str], rng: np.random.Generator) -> tuple[Edit, Anatomy] | None:
-    """A drawn edit and the edited graph's anatomy, or None: `draw`, `apply` and `study` in one."""
+    """A drawn edit and what it makes of the graph, or None: `draw` and `edited` in one."""
     edit = draw(anatomy, operators, rng)
-    return None if edit is None else (edit, study(_apply(anatomy, edit), anatomy.signature, anatomy))
+    return None if edit is None else (edit, _edited(anatomy, edit))
 
 
-def _apply(anatomy: Anatomy, edit: Edit) -> Graph:
-    """`apply` for an edit that is known to be legal."""
+def _edited(anatomy: Anatomy, edit: Edit) -> Anatomy:
+    """`edited` for an edit that is known to be legal."""
     return carry_out(anatomy, _RULES[edit.kind].change(anatomy, anatomy.ties[edit.site], edit.arg))
 
 
@@ -338,11 +343,11 @@ def replay(graph: Graph, edits: Iterable[Edit], signature: Signature) -> Graph:
     """The graph after all edits; raises EditError, GraphError or ops.ShapeError."""
     anatomy = study(graph, signature)
     for edit in edits:
-        anatomy = study(apply(anatomy, edit), signature, anatomy)
+        anatomy = edited(anatomy, edit)
     return anatomy.graph
 
 
 __all__ = [
     "EXACT", "KINDS", "NEW", "Anatomy", "Edit", "EditError", "Fresh", "GraphError", "Plan", "Resize", "Select",
-    "apply", "draw", "from_json", "legal", "mutate", "plan", "replay", "selects", "sites", "study", "to_json",
+    "apply", "draw", "edited", "from_json", "legal", "mutate", "plan", "replay", "selects", "sites", "study", "to_json",
 ]  # fmt: skip

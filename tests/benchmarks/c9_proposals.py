@@ -68,7 +68,7 @@ def scored(anatomy: Anatomy) -> tuple[float, float]:
 
 def edited(parent: Anatomy, edit: Edit) -> tuple[float, float]:
     """One proposal whose edit is given."""
-    return scored(morphisms.study(morphisms.apply(parent, edit), SIGNATURE, parent))
+    return scored(morphisms.edited(parent, edit))
 
 
 def drawn(parent: Anatomy, rng: np.random.Generator) -> tuple[float, float]:

@@ -279,6 +279,18 @@ def test_no_network_is_smaller_than_the_spaces_smallest(objectives: tuple[str, .
     assert min(child.cheap[0] for child in children) < least
 
 
+def test_limits_are_the_settings_and_the_spaces_floor() -> None:
+    inf = float("inf")
+    cases: list[tuple[tuple[Any, ...], dict[str, tuple[float, float]]]] = [
+        (("val_error", "params"), {"params": (312, inf)}),
+        (("val_error", {"name": "params", "min": 20.0, "max": 9e3}), {"params": (20, 9e3)}),
+        (("val_error", {"name": "macs", "min": 500.0}), {"macs": (500, inf), "params": (312, inf)}),
+        (("val_error", {"name": "params", "max": 9e3}, "macs"), {"params": (312, 9e3), "macs": (0, inf)}),
+    ]
+    for objectives, limits in cases:
+        assert problem(objectives).limits == limits
+
+
 def test_limits_that_no_initial_network_satisfies_are_an_error() -> None:
     says = (
         r"no initial network satisfies params in \[312, 400\]; they have params \d+; params \d+; params \d+; params \d+"

@@ -76,7 +76,7 @@ def test_every_site_of_a_random_chain_makes_a_valid_graph_and_spends_new_ids(see
         for edit in all_sites(before):
             changed = morphisms.apply(before, edit)
             facts = graphs.validate(changed, SIGNATURE)
-            assert facts == morphisms.study(changed, SIGNATURE, before).facts
+            assert facts == morphisms.edited(before, edit).facts
             new = {node.id for node in changed.nodes} - before.by_id.keys()
             assert all(before.graph.next_id <= id_ < changed.next_id for id_ in new)
             assert changed.next_id == before.graph.next_id + len(new)
@@ -118,7 +118,7 @@ def test_a_plan_accounts_for_every_weight(seed: int) -> None:
     before = study(spaces.initial(SIGNATURE)[seed % 4])
     for _, then in random_chain(before.graph, seed, 8):
         for edit in all_sites(before)[:: 1 + seed % 3]:
-            after = morphisms.study(morphisms.apply(before, edit), SIGNATURE, before)
+            after = morphisms.edited(before, edit)
             kept = {s.group: tuple(range(s.count)) for s in morphisms.selects(before, edit)}
             plan = morphisms.plan(before, edit, after, kept)
             old, new = weights_of(before), weights_of(after)
@@ -144,7 +144,7 @@ def test_widen_and_prune_keep_the_widths_of_a_group_equal(seed: int) -> None:
     before = study(spaces.initial(SIGNATURE)[seed % 4])
     for _, then in random_chain(before.graph, seed, 8, ("insert", "skip", "separable", "widen")):
         for edit in morphisms.sites(before, "widen") + morphisms.sites(before, "prune"):
-            after = morphisms.study(morphisms.apply(before, edit), SIGNATURE, before)
+            after = morphisms.edited(before, edit)
             group, width = before.runs[edit.site][0]
             wanted = width * 2 if edit.kind == "widen" else width - max(1, width // edit.arg)
             assert wanted >= 4
@@ -428,6 +428,18 @@ def test_separable_copies_that_read_each_other_directly() -> None:
     changed = morphisms.apply(study(graph), Edit("separable", 1))
     assert graphs.describe(changed) == "input dw3x3 conv1x1(8) dw3x3 conv1x1(8) gap linear"
     assert_copies_are_alike(changed, 2)
+
+
+def test_a_layer_that_is_in_no_cell_is_not_joined_with_one_that_is() -> None:
+    """Neither from behind two copies of a ReLU nor from the copies to the one before them."""
+    nodes = (
+        (0, Input(), ()), (1, Conv(4, 3), (0,)), (2, ReLU(), (1,)), (3, Conv(4, 3), (2,)), (4, ReLU(), (3,)),
+        (5, Conv(4, 3), (4,)), (6, ReLU(), (5,)), (7, Conv(4, 3), (6,)), (8, ReLU(), (7,)),
+    )  # fmt: skip
+    for kind in ("add", "concat"):
+        tied = morphisms.sites(study(linked(*nodes, ties={3: 3, 4: 4, 5: 3, 6: 4})), kind)
+        assert {(edit.site, edit.arg) for edit in tied} == {(8, 2)}
+        assert len(morphisms.sites(study(linked(*nodes)), kind)) == 6
 
 
 def test_a_skip_needs_its_far_end_in_every_copy() -> None:
