@@ -15,7 +15,7 @@ from typing import Protocol
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config
-from lemonade_hpc.run import leftovers, population, record
+from lemonade_hpc.run import leftovers, population, record, worker
 from lemonade_hpc.run.backends import Backend
 from lemonade_hpc.run.crew import Crew, Key
 from lemonade_hpc.run.journal import Event, Journal
@@ -204,18 +204,20 @@ class Coordinator:
     def _retire(self) -> None:
         """Take back the children of workers that have left or died."""
         for crew in list(self._crews.values()):
-            if not crew.said_bye and self._backend.alive(crew.name):
+            if crew.said_bye is None and self._backend.alive(crew.name):
                 continue
-            self._hear(crew, last_words=crew.said_bye)
+            self._hear(crew, last_words=crew.said_bye is not None)
             if crew.name in self._crews:
-                if not crew.said_bye:
+                if crew.said_bye is None:
                     self._misfortune(f"worker {crew.name} died")
+                elif crew.tasks and crew.said_bye != worker.UNFIT:  # that one has been counted
+                    self._misfortune(f"worker {crew.name} left its children: {crew.said_bye}")
                 self._dismiss(crew)
 
     def _dismiss(self, crew: Crew) -> None:
         """Give a worker up: what it had goes elsewhere, and should it still live, it is to leave."""
         for key in list(crew.tasks):
-            started = key in crew.started and not crew.said_bye
+            started = key in crew.started and crew.said_bye is None
             self._lose(crew, key, "worker" if started else "stopped", f"worker {crew.name} is gone")
         crew.tell({"do": "stop"})
         crew.close()
@@ -228,7 +230,7 @@ class Coordinator:
         if self._misfortunes > MISFORTUNES_PER_WORKER * self.config.cluster.workers:
             self._write()
             raise RunFailed(
-                f"{self._misfortunes} workers in a row ended without training any child. The last: {reason}"
+                f"{self._misfortunes} workers in a row ended and no child was trained meanwhile. The last: {reason}"
             )
 
     # ------------------------------------------------------------ children to workers
@@ -309,7 +311,7 @@ class Coordinator:
         """Remove what killed coordinators and workers may have left behind."""
         self._check_lease()
         self.history.release()
-        for path in leftovers.abandoned(self.run, self._crews):
+        for path in (*leftovers.half_made(self.run), *leftovers.jobs(self.run, self._crews)):
             files.remove(path)
         self._remove_replaced()
         self._delete(leftovers.unneeded(self.run, self.history))
@@ -363,6 +365,8 @@ class Coordinator:
                 self._write()
         if not self._superseded():
             self._backend.close()
+            for path in leftovers.jobs(self.run, ()):
+                files.remove(path)
         for crew in self._crews.values():
             crew.close()
         self._journal.close()
@@ -375,7 +379,7 @@ class Coordinator:
             self._backend.step()
             for crew in list(self._crews.values()):
                 self._hear(crew, last_words=True)
-                if crew.name in self._crews and (crew.said_bye or not self._backend.alive(crew.name)):
+                if crew.name in self._crews and (crew.said_bye is not None or not self._backend.alive(crew.name)):
                     self._dismiss(crew)
             time.sleep(POLL_S)
         if self._superseded():

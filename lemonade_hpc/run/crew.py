@@ -25,7 +25,8 @@ class Crew:
         self.started: set[Key] = set()
         self.doing = "starting"
         """In words, for people."""
-        self.said_bye = False
+        self.said_bye: str | None = None
+        """Why it left."""
         self._mailbox = LogWriter(run / files.assigned_log(epoch, name))
         self._reader = LogReader(run / files.done_log(name))
 
@@ -59,7 +60,7 @@ class Crew:
             elif say in ("outcome", "crashed"):
                 self.doing = "idle"
             elif say == "bye":
-                self.said_bye = True
+                self.said_bye = message["reason"]
         return messages
 
     def close(self) -> None:

@@ -56,8 +56,9 @@ def open_epoch(
             _check_silent(run, loaded)
         os.rename(aside, run / files.epoch_folder(number))
     except Exception as error:
+        beaten = (run / files.epoch_folder(number)).exists() or not aside.exists()  # the winner may have tidied up
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) and (run / files.epoch_folder(number)).exists():
+        if isinstance(error, OSError) and beaten and error.errno not in files.STORAGE_ERRORS:
             check_free(run, take_over=False)
             raise Held(f"{run}: another coordinator has just started") from error
         raise

@@ -15,12 +15,15 @@ from lemonade_hpc import files
 from lemonade_hpc.run.record import History
 
 
-def abandoned(run: Path, living: Collection[str]) -> list[Path]:
-    """Half made files, and the jobs of workers that are not among the `living`."""
-    found = [path for path in (run / files.WORKERS).glob("*/job") if path.parent.name not in living]
-    for folder in (run, run / files.EPOCHS, run / files.STATE, *(run / files.EPOCHS).glob("*")):
-        found += folder.glob(f"{files.TEMPORARY}*")
-    return found
+def half_made(run: Path) -> list[Path]:
+    """Files and folders that were being written."""
+    folders = (run, run / files.EPOCHS, run / files.STATE, *(run / files.EPOCHS).glob("*"))
+    return [path for folder in folders for path in folder.glob(f"{files.TEMPORARY}*")]
+
+
+def jobs(run: Path, living: Collection[str]) -> list[Path]:
+    """What submitit keeps for workers that are not among the `living`: pickles, which nothing that lasts may be."""
+    return [path for path in (run / files.WORKERS).glob("*/job") if path.parent.name not in living]
 
 
 def replaced(run: Path, history: History, epoch: int) -> list[Path]:

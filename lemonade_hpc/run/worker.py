@@ -33,6 +33,8 @@ TRAINER = ("-m", "lemonade_hpc.learn.child")
 """What a trainer process runs."""
 POLL_S = 0.02
 BEAT_S = 5.0
+UNFIT = "unfit"
+"""Why a worker leaves that cannot start trainers."""
 ORPHAN_S = 60.0
 """A coordinator whose heartbeat stands still for this long is gone."""
 ORPHAN_WAIT_S = 5.0
@@ -193,7 +195,7 @@ class Worker:
         if self._assigned.num_damaged:
             return self._leave("its mailbox is damaged")
         if not self._attend():
-            return self._leave("unfit")
+            return self._leave(UNFIT)
         now = time.monotonic()
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now

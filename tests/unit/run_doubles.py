@@ -5,10 +5,13 @@ Imported by the tests of `run/`; never imports torch. What stands on top (worker
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import shutil
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +128,9 @@ class FakeBackend:
         self._rng = None if seed is None else random.Random(seed)
 
     def launch(self, name: str) -> None:
-        self.workers[name] = worker.Worker(self.run, name, lambda epoch: FakeTrainer(self.run, self.behave))
+        self.workers[name] = worker.Worker(
+            self.run, name, lambda epoch: FakeTrainer(self.run, lambda t: self.behave(t))
+        )
 
     def adopt(self, name: str, who: dict[str, Any]) -> None:
         pass
@@ -235,8 +240,20 @@ def copy(run: Path, to: Path) -> Path:
     return to
 
 
+@contextlib.contextmanager
+def folder() -> Iterator[Path]:
+    """A run folder to be, in memory where there is room: these tests make many small files."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as made:
+        yield Path(made) / "run"
+
+
 def install(patch: pytest.MonkeyPatch) -> None:
-    """No waiting, a data set at hand, and every earlier coordinator counts as gone (it was this process)."""
+    """No waiting, a data set at hand, and every earlier coordinator counts as gone (it was this process).
+
+    Nothing is forced to the disk: what is on it after a crash of this process is the same.
+    """
+    patch.setattr(os, "fsync", lambda handle: None)
     patch.setattr(coordinator, "POLL_S", 0.0)
     patch.setattr(session.data_sets, "load", lambda data: images())
     patch.setattr(owner, "judge", lambda who: "gone")
