@@ -10,9 +10,11 @@ import os
 import random
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,8 @@ BASE: dict[str, Any] = {
     "cluster": {"backend": "inline", "workers": 2},
     "storage": {"seal_every": 10},
 }
+PROGRESS = True
+"""Whether trainers report epochs."""
 FAILURE = {"kind": "Diverged", "reason": "the loss is not a number"}
 
 Behave = Callable[[Message], str | None]
@@ -104,7 +108,7 @@ class FakeTrainer:
         elif word == "fail":
             self.messages.append({key: task[key] for key in ("child", "attempt", "digest")} | {"failure": FAILURE})
         elif word != "hang":
-            self.messages += [{"child": task["child"], "epoch": 1}, outcome(task, self.run)]
+            self.messages += [{"child": task["child"], "epoch": 1}] * PROGRESS + [outcome(task, self.run)]
 
     def poll(self) -> list[Message]:
         messages, self.messages = self.messages, []
@@ -254,6 +258,6 @@ def install(patch: pytest.MonkeyPatch) -> None:
     Nothing is forced to the disk: what is on it after a crash of this process is the same.
     """
     patch.setattr(os, "fsync", lambda handle: None)
-    patch.setattr(coordinator, "POLL_S", 0.0)
+    patch.setattr(coordinator, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
     patch.setattr(session.data_sets, "load", lambda data: images())
     patch.setattr(owner, "judge", lambda who: "gone")

@@ -1,4 +1,4 @@
-"""The coordinator's loop on a real run folder, with workers that answer at once: completeness, losses, fences, files."""
+"""The coordinator on a real run folder, with workers that answer at once: completeness, losses, fences, files."""
 
 from __future__ import annotations
 
