@@ -589,9 +589,9 @@ def test_what_killed_coordinators_left_behind_is_removed(run: Path) -> None:
     made, *_ = running(run)
     made._journal.close()  # killed
     junk = [
-        "epochs/.tmp-abc/owner.json", "epochs/000001/.tmp-journal.log-7", "state/.tmp-children.h5-7", ".tmp-population-7",
-        "state/children-000000-000009.e1.h5", "population.e0.h5", "workers/e1w00/job/1_submitted.pkl",
-        "children/000/000099/e1a1/weights.safetensors",
+        "epochs/.tmp-abc/owner.json", "epochs/000001/.tmp-journal.log-7", "state/.tmp-children.h5-7",
+        ".tmp-population-7", "state/children-000000-000009.e1.h5", "population.e0.h5",
+        "workers/e1w00/job/1_submitted.pkl", "children/000/000099/e1a1/weights.safetensors",
     ]  # fmt: skip
     mine = ["state/notes.txt", "population.mine.h5", "state/children-000000-000009.e9.h5", "children/notes"]
     for name in junk + mine:

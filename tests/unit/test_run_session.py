@@ -1,0 +1,341 @@
+"""One call of `search`: what it refuses before anything is written, what may change, how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lemonade_hpc import files
+from lemonade_hpc.config import Config, ConfigError, to_dict
+from lemonade_hpc.run import owner, session
+from lemonade_hpc.run.coordinator import Coordinator, Stopped
+from lemonade_hpc.run.lease import Held
+from lemonade_hpc.run.log import LogWriter
+from lemonade_hpc.search import evolution
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import run_doubles as doubles  # noqa: E402
+
+SETTINGS = doubles.config()
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    doubles.install(monkeypatch)
+
+
+@pytest.fixture
+def run() -> Iterator[Path]:
+    with doubles.folder() as made:
+        yield made
+
+
+# ---------------------------------------------------------------- refusals
+
+OTHER: list[tuple[str, dict[str, Any]]] = [
+    ("seed", {"seed": 4}),
+    ("objectives.1.max", {"objectives": [{"name": "val_error"}, {"name": "params", "min": 300, "max": 30000}]}),
+    ("objectives.1.name", {"objectives": [{"name": "val_error"}, {"name": "macs", "min": 300, "max": 20000}]}),
+    ("objectives.2.name", {"objectives": [*doubles.BASE["objectives"], {"name": "macs"}]}),
+    ("search.mode", {"search": {"mode": "steady_state"}}),
+    ("search.accepted", {"search": {"accepted": 5}}),
+    ("search.operators.0", {"search": {"operators": ["widen", "insert"]}}),
+    ("search.operators.2", {"search": {"operators": ["insert", "widen"]}}),
+    ("search.inheritance", {"search": {"inheritance": False}}),
+    ("training.lr", {"training": {"lr": 0.5}}),
+    ("training.deterministic", {"training": {"deterministic": False}}),
+    ("data.validation", {"data": {"validation": 100}}),
+]
+
+
+def changed(change: dict[str, Any]) -> Config:
+    base = {**doubles.BASE, "training": {}} if "training" in change else doubles.BASE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doubles, "BASE", base)
+        return doubles.config(**change)
+
+
+@pytest.mark.parametrize(("key", "change"), OTHER)
+def test_a_changed_setting_is_refused_by_name_and_nothing_is_changed(
+    run: Path, key: str, change: dict[str, Any]
+) -> None:
+    session._prepare(SETTINGS, doubles.images(), run)
+    before = doubles.contents(run)
+    with pytest.raises(ConfigError) as refusal:
+        doubles.search(run, changed(change))
+    text = str(refusal.value)
+    assert f"was started with {key} = " in text
+    assert "only cluster, storage, search.children may change" in text and "another --run folder" in text
+    assert doubles.contents(run) == before
+
+
+def test_every_setting_is_compared_but_those_that_may_change(run: Path) -> None:
+    flat = session._flat(to_dict(SETTINGS))
+    free = {key for key in flat if key.startswith(session.MAY_CHANGE)}
+    assert "search.children" in free and "cluster.workers" in free and "storage.keep" in free
+    assert {key.partition(".")[0] for key in flat.keys() - free} == {
+        "seed", "data", "space", "objectives", "search", "training",
+    }  # fmt: skip
+    assert flat["objectives.1.max"] == 20000 and flat["search.operators.0"] == "insert"
+
+
+def test_other_data_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doubles.search(run, SETTINGS)
+    before = doubles.contents(run)
+    monkeypatch.setattr(session.data_sets, "load", lambda data: doubles.images(seed=1))
+    with pytest.raises(ConfigError, match=r"started with other data than digits gives now \(checksum differs\)"):
+        doubles.search(run, SETTINGS)
+    assert doubles.contents(run) == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "below a file", "run.json"])
+def test_what_is_no_run_folder_is_refused_and_left_alone(tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "run"
+    if kind == "folder":
+        run.mkdir()
+        (run / "thesis.tex").write_text("years of work")
+    elif kind == "run.json":
+        run.mkdir()
+        (run / files.RUN).write_text("{}")
+    else:
+        run.write_text("a file")
+        run = run / "below" if kind == "below a file" else run
+    before = doubles.contents(tmp_path)
+    message = {
+        "folder": r"exists and is not a run folder \(it has no run.json\); give another --run",
+        "file": r"exists and is not a run folder",
+        "below a file": r"cannot be written: .*Not a directory",
+        "run.json": r"run.json: cannot be read",
+    }[kind]
+    with pytest.raises(ConfigError, match=message):
+        doubles.search(run, SETTINGS)
+    assert doubles.contents(tmp_path) == before
+
+
+def test_an_empty_folder_and_one_with_a_torn_start_are_new_runs(tmp_path: Path) -> None:
+    for name in ("empty", "torn"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "torn" / f"{files.TEMPORARY}run.json-7").write_text("{half")
+    for name in ("empty", "torn"):
+        assert doubles.search(tmp_path / name, SETTINGS).state.complete
+    assert not list((tmp_path / "torn").glob(f"{files.TEMPORARY}*"))
+
+
+def test_a_folder_where_nothing_may_be_written_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write anywhere, so the answer of the operating system is given here."""
+    session._prepare(SETTINGS, doubles.images(), run)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match="no permission to write there"):
+        doubles.search(run, SETTINGS)
+
+    def forbidden(path: Path, value: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "write_json", forbidden)
+    with pytest.raises(ConfigError, match="cannot be written: .*Permission denied"):
+        doubles.search(run.with_name("new"), SETTINGS)
+
+
+def test_a_full_disk_at_the_start_is_no_refusal(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, value: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_json", full)
+        with pytest.raises(Stopped, match="cannot write: .*No space left"):
+            doubles.search(run, SETTINGS)
+    assert doubles.search(run, SETTINGS).state.complete
+
+
+def test_an_error_that_is_not_the_disks_is_not_called_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(*arguments: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Coordinator, "search", odd)
+    with pytest.raises(OSError, match="Too many open files"):
+        doubles.search(run, SETTINGS)
+
+
+def test_limits_that_no_initial_network_satisfies_are_refused_before_anything_is_written(run: Path) -> None:
+    settings = doubles.config()
+    limits = tuple(o.model_copy(update={"max": 310.0}) if o.name == "params" else o for o in settings.objectives)
+    with pytest.raises(ConfigError, match="no initial network satisfies"):
+        doubles.search(run, settings.model_copy(update={"objectives": limits}))
+    assert not run.exists()
+
+
+def test_data_that_cannot_be_read_is_refused_before_anything_is_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(data: object) -> None:
+        raise ConfigError("data: nothing there")
+
+    monkeypatch.setattr(session.data_sets, "load", unreadable)
+    with pytest.raises(ConfigError, match="nothing there"):
+        doubles.search(run, SETTINGS)
+    assert not run.exists()
+
+
+def test_a_run_that_another_holds_is_refused_and_left_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = doubles.start(run, SETTINGS, doubles.FakeBackend(run))
+    made._turn()
+    before = doubles.contents(run)
+    monkeypatch.setattr(owner, "judge", lambda who: "alive")
+    with pytest.raises(Held, match="held by process"):
+        doubles.search(run, SETTINGS)
+    monkeypatch.setattr(owner, "judge", lambda who: "unknown")
+    with pytest.raises(Held, match="--take-over"):
+        doubles.search(run, SETTINGS)
+    assert doubles.contents(run) == before
+    assert doubles.search(run, SETTINGS, take_over=True).state.complete
+    made.close()
+    doubles.assert_sound(run)
+
+
+# ---------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cluster": {"workers": 1, "retries": 7, "child_timeout_min": 1.0, "idle_exit_min": 3.0, "cpus_per_worker": 2}},
+        {"storage": {"keep": "all", "seal_every": 7}},
+        {"search": {"children": 24}},
+    ],
+)
+def test_what_may_change_is_accepted_in_the_middle_of_a_run(run: Path, change: dict[str, Any]) -> None:
+    made = doubles.start(run, SETTINGS, doubles.FakeBackend(run))
+    for _ in range(6):
+        made._turn()
+    made.close()
+    history = doubles.search(run, doubles.config(**change))
+    assert history.state.complete
+    assert history.state.num_committed == 3 + change.get("search", {}).get("children", 18)
+    newest = json.loads((run / files.owner(2)).read_text())
+    assert newest["config"] == to_dict(doubles.config(**change))
+    assert json.loads((run / files.RUN).read_text())["config"] == to_dict(SETTINGS)
+    doubles.assert_sound(run)
+
+
+def test_raising_children_continues_a_finished_run_as_if_it_had_been_so_from_the_start(run: Path) -> None:
+    doubles.search(run, doubles.config(search={"children": 12}))
+    more = doubles.config(search={"children": 24})
+    history = doubles.search(run, more)
+    at_once = doubles.search(run.with_name("other"), more)
+    assert history.state.num_committed == 27
+    assert doubles.front(history) == doubles.front(at_once)
+    assert [path.name for path in run.glob("population.*")] == ["population.e2.h5"]
+    doubles.assert_sound(run)
+
+
+def test_lowering_children_ends_a_run_once_what_is_in_flight_has_come(run: Path) -> None:
+    made = doubles.start(run, SETTINGS, doubles.FakeBackend(run))
+    for _ in range(8):
+        made._turn()
+    made.close()
+    asked = doubles.load(run, SETTINGS).history.state.num_asked
+    assert asked > 5
+    history = doubles.search(run, doubles.config(search={"children": 1}))
+    assert history.state.complete and history.state.num_committed == asked
+    doubles.assert_sound(run)
+
+
+def test_the_same_call_on_a_complete_run_changes_no_file(run: Path) -> None:
+    first = doubles.search(run, SETTINGS)
+    before, times = doubles.contents(run), {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    second = doubles.search(run, SETTINGS)
+    third = doubles.search(run, doubles.config(cluster={"workers": 5}))
+    assert doubles.contents(run) == before
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == times
+    assert doubles.front(first) == doubles.front(second) == doubles.front(third)
+
+
+def test_a_moved_run_goes_on(run: Path) -> None:
+    made = doubles.start(run, SETTINGS, doubles.FakeBackend(run))
+    for _ in range(8):
+        made._turn()
+    made.close()
+    moved = run.with_name("moved here")
+    run.rename(moved)
+    assert doubles.search(moved, SETTINGS).state.complete
+    doubles.assert_sound(moved)
+
+
+# ---------------------------------------------------------------- workers of earlier coordinators
+
+
+def say(run: Path, name: str, *messages: dict[str, Any]) -> None:
+    (run / files.done_log(name)).parent.mkdir(parents=True)
+    with LogWriter(run / files.done_log(name)) as writer:
+        writer.append(messages)
+
+
+def test_living_workers_are_those_that_said_hello_and_not_goodbye(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    hello, bye = {"say": "hello", **owner.identity()}, {"say": "bye", "reason": "idle"}
+    say(run, "alive", hello, {"say": "alive"})
+    say(run, "left", hello, bye)
+    say(run, "dead", hello | {"started": 1})
+    say(run, "elsewhere", hello | {"host": "elsewhere"})
+    say(run, "silent")
+    say(run, "nameless", {"say": "alive"})
+    assert session._living(run) == ["alive"]
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("which", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_stops_the_session_in_good_order_and_handlers_are_put_back(run: Path, which: str) -> None:
+    number = getattr(signal, which)
+    before = signal.getsignal(number)
+
+    def behave(task: dict[str, Any]) -> str | None:
+        if task["child"] == 8:
+            os.kill(os.getpid(), number)
+        return None
+
+    with pytest.raises(Stopped, match=f"stopped by {which}"):
+        doubles.search(run, SETTINGS, behave)
+    assert signal.getsignal(number) == before
+    assert doubles.search(run, SETTINGS).state.complete
+    doubles.assert_sound(run)
+
+
+def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    class Sitting:
+        stop_signal: int | None = None
+
+    sitting = Sitting()
+    with session._signals(sitting):  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (sitting.stop_signal, codes) == (signal.SIGTERM, [])
+        os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [3]
+
+
+def test_the_configured_backend_is_used() -> None:
+    for name, kind in (("inline", "InlineBackend"), ("local", "LocalBackend")):
+        settings = doubles.config(cluster={"backend": name})
+        assert type(session._backend(Path("run"), settings)).__name__ == kind
+
+
+def test_a_run_starts_with_its_identity(run: Path) -> None:
+    fixed = session._prepare(SETTINGS, doubles.images(), run)
+    content = json.loads((run / files.RUN).read_text())
+    assert content["config"] == to_dict(SETTINGS) and content["data"]["checksum"] == "checksum 0"
+    assert tuple(content["reference"]) == fixed.reference
+    assert len(content["run"]) == 32
+    again = session._prepare(SETTINGS, doubles.images(), run)
+    assert again == fixed and evolution.start(again).num_asked == 0
