@@ -223,7 +223,7 @@ class Worker:
         for task in self._queue:  # the new coordinator sends again what it wants done
             self._known.discard((task["child"], task["attempt"]))
         self._queue.clear()
-        self._leaving, self._pulse = False, -1
+        self._leaving, self._pulse, self._idle_since = False, -1, time.monotonic()
         owned = json.loads((self.run / files.owner(epoch)).read_text())
         self._owner = owned["owner"]
         cluster = owned["config"]["cluster"]

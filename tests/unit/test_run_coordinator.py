@@ -14,7 +14,9 @@ import pytest
 from lemonade_hpc import files
 from lemonade_hpc.run import coordinator, population, record
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
+from lemonade_hpc.run.crew import Crew
 from lemonade_hpc.run.log import LogWriter, Message
+from lemonade_hpc.search import evolution
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -331,6 +333,25 @@ def test_an_exhausted_space_ends_the_run(run: Path) -> None:
     assert len(committed(run, settings)) == before == 1
 
 
+@pytest.mark.parametrize("mode", ["steady_state", "generational"])
+def test_a_search_that_found_nothing_new_asks_again_when_it_has_learnt_something(
+    run: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    real, asks = evolution.ask, list[int]()
+
+    def ask(state: evolution.State, n: int, seen: Any) -> Any:
+        asks.append(len(state.in_flight))
+        if len(asks) > 4 and len(asks) % 2 and state.in_flight and n > 0 and mode == "steady_state":
+            return evolution.take(state, (), state.redrawn), ()
+        return real(state, n, seen)
+
+    monkeypatch.setattr(evolution, "ask", ask)
+    settings = doubles.config(search={"mode": mode})
+    assert doubles.search(run, settings).state.complete
+    empty = [event for event in doubles.events(run, settings, "asked") if not event["children"]]
+    assert bool(empty) == (mode == "steady_state")
+
+
 def test_storage_trouble_of_a_worker_stops_the_run_and_the_same_call_goes_on(run: Path) -> None:
     with pytest.raises(Stopped, match=r"worker e1w0\d cannot write: child 6: No space left on device"):
         doubles.search(run, SETTINGS, lambda task: "storage" if task["child"] == 6 else None)
@@ -341,7 +362,7 @@ def test_storage_trouble_of_a_worker_stops_the_run_and_the_same_call_goes_on(run
 
 
 def test_what_else_a_worker_said_before_its_disk_was_full_is_not_lost(run: Path) -> None:
-    backend = doubles.FakeBackend(run)
+    backend = doubles.FakeBackend(run, lambda task: "hang")
     made = doubles.start(run, doubles.config(cluster={"workers": 1}), backend)
     for _ in range(3):
         made._turn()
@@ -614,6 +635,8 @@ def test_a_paused_coordinator_that_wakes_changes_nothing(run: Path) -> None:
     successor = doubles.FakeBackend(run)
     new = doubles.start(run, SETTINGS, successor)
     successor.workers |= workers  # it adopts them
+    (run / "workers/e2w09/job").mkdir(parents=True)
+    (run / "workers/e2w09/job/1_submitted.pkl").touch()  # and starts one
     before = doubles.contents(run)
     with pytest.raises(Stopped, match="has another coordinator now"):
         old.search()
@@ -697,6 +720,36 @@ def test_what_a_dead_worker_reported_last_still_counts(run: Path) -> None:
     told = next(outcome for outcome in committed(run) if outcome["child"] == task["child"])
     assert told["attempt"] == "e1a1"
     doubles.assert_sound(run)
+
+
+def test_what_a_worker_says_right_before_it_dies_still_counts(run: Path) -> None:
+    made, backend, crew, task = running(run)
+
+    def alive(name: str) -> bool:
+        if name == crew.name and name in backend.workers:
+            report(backend, crew, doubles.outcome(task, run))
+            backend.die(name)
+        return name in backend.workers
+
+    backend.alive = alive
+    made._turn()
+    made.close()
+    assert [outcome["attempt"] for outcome in committed(run) if outcome["child"] == task["child"]] == ["e1a1"]
+    assert (task["child"], "worker") not in lost(run)
+
+
+def test_a_worker_learns_of_a_child_only_when_it_is_on_record(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, assigned = Crew.assign, []
+
+    def assign(crew: Crew, key: Any, task: Message) -> None:
+        history = doubles.load(run, SETTINGS).history
+        assert any(one.id == key[1] and one.worker == crew.name for one in history.attempts[key[0]])
+        assigned.append(key)
+        real(crew, key, task)
+
+    monkeypatch.setattr(Crew, "assign", assign)
+    doubles.search(run, SETTINGS)
+    assert len(assigned) == NUM
 
 
 # ---------------------------------------------------------------- signals and the end

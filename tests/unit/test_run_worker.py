@@ -372,7 +372,7 @@ def test_a_new_coordinators_heartbeat_is_not_mistaken_for_the_old_ones(
 ) -> None:
     monkeypatch.setattr(owner, "judge", lambda who: "unknown")
     monkeypatch.setattr(desk.worker, "_idle_exit_s", 1e9)
-    assert desk.wait(10)
+    assert desk.wait(10) and desk.wait(50)
     desk.mailbox.close()
     desk.open_epoch()
     monkeypatch.setattr(desk.worker, "_idle_exit_s", 1e9)
