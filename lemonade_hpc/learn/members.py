@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -86,8 +85,10 @@ def evaluate(run: Path, paths: list[str]) -> list[float]:
 def main(arguments: list[str]) -> None:
     """`members RUN PATH ...`: one JSON list of test errors on standard output."""
     torch.set_num_threads(1)
-    errors: list[Any] = evaluate(Path(arguments[0]), arguments[1:])
-    print(json.dumps(errors))
+    try:
+        print(json.dumps(evaluate(Path(arguments[0]), arguments[1:])))
+    except (configs.ConfigError, OSError, SafetensorError) as problem:
+        sys.exit(f"error: {problem}")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def morph(
     before = morphisms.study(graph, signature)
     exact, affected, chosen = True, set[int](), list[tuple[int, tuple[int, ...]]]()
     for edit in edits:
-        after = morphisms.study(morphisms.apply(before, edit), signature)
+        after = morphisms.edited(before, edit)
         kept: Mapping[int, tuple[int, ...]] = resolve(weights, morphisms.selects(before, edit), prune_by, generator)
         plan = morphisms.plan(before, edit, after, kept)
         weights = transfer(weights, plan, after, generator)
