@@ -1,0 +1,89 @@
+"""C15: CPU time of the whole coordinator for 50 children and 1,000 proposals, and whether it grows with history.
+
+A real coordinator on a real run folder asks one child at a time from 20 proposals; its workers answer at once, and
+their time is taken off. `training_free.py` measures the algorithm alone, up to 10^5 children. Floor: less than 300 ms,
+target 100 ms; flat: the last size costs at most 1.5 times the first. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+import run_doubles as doubles
+
+WINDOW = 50
+FLOOR_MS, TARGET_MS, FLAT = 300.0, 100.0, 1.5
+
+
+class Timed(doubles.FakeBackend):
+    """Workers that answer at once, and know how much CPU time that took."""
+
+    spent = 0.0
+
+    def step(self) -> None:
+        """Let the workers work."""
+        began = time.process_time()
+        super().step()
+        self.spent += time.process_time() - began
+
+
+def measure(sizes: list[int], windows: int) -> dict[int, dict[str, float]]:
+    """At each size of history, CPU milliseconds per 50 children: the median of some windows, and their range."""
+    search = {"mode": "steady_state", "children": sizes[-1] + WINDOW * (windows + 1), "proposals": 20, "accepted": 10}
+    settings = doubles.config(search=search, storage={"seal_every": 1000})
+    doubles.PROGRESS = False
+    found: dict[int, dict[str, float]] = {}
+    with doubles.folder() as run, pytest.MonkeyPatch.context() as patch:
+        doubles.install(patch)
+        backend = Timed(run)
+        made = doubles.start(run, settings, backend)
+        for size in sizes:
+            while made.history.state.num_committed < size:
+                made._turn()
+            times = []
+            for _ in range(windows):
+                until = made.history.state.num_committed + WINDOW
+                began, before = time.process_time(), backend.spent
+                while made.history.state.num_committed < until:
+                    made._turn()
+                times.append(1000 * (time.process_time() - began - (backend.spent - before)))
+            found[size] = {"median_ms": statistics.median(times), "least_ms": min(times), "most_ms": max(times)}
+        made.close()
+    return found
+
+
+def main() -> None:
+    """Read the arguments, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000], help="children before each measurement")
+    parser.add_argument("--windows", type=int, default=7)
+    parser.add_argument("--small", action="store_true", help="200 and 600 children")
+    given = parser.parse_args()
+    sizes = [200, 600] if given.small else given.sizes
+    found = measure(sizes, given.windows)
+    growth = found[sizes[-1]]["median_ms"] / found[sizes[0]]["median_ms"]
+    worst = max(entry["median_ms"] for entry in found.values())
+    result = {
+        "id": "C15",
+        "sizes": found,
+        "growth": growth,
+        "flat": growth <= FLAT,
+        "floor_ms": FLOOR_MS,
+        "floor_met": worst < FLOOR_MS,
+        "target_ms": TARGET_MS,
+        "target_met": worst < TARGET_MS,
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
