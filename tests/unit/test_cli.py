@@ -523,7 +523,8 @@ def test_test_refuses_other_data_and_tells_of_missing_weights(copy, lemonade):
     weights.unlink()
     code, out, err = lemonade("test", copy)
     assert (code, out) == (1, "")
-    assert weights.name in err and "Traceback" not in err and err.endswith("error: the test errors could not be measured, see above\n")
+    assert weights.name in err and "Traceback" not in err
+    assert err.endswith("error: the test errors could not be measured, see above\n")
     content["data"]["checksum"] = "0" * 64
     (copy / "run.json").write_text(json.dumps(content))
     code, out, err = lemonade("test", copy)
