@@ -268,7 +268,8 @@ def facts(op: Op, signature: Signature, *inputs: Shape) -> Facts:
 
 def to_json(op: Op) -> list[Any]:
     """`["conv", 16, 3]`: the name, then the fields in order."""
-    return [op.name, *(getattr(op, field.name) for field in fields(op))]
+    name, *numbers = op.text.split()
+    return [name, *map(int, numbers)]
 
 
 def from_json(data: list[Any]) -> Op:

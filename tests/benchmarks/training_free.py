@@ -27,7 +27,7 @@ import numpy as np
 
 from lemonade_hpc import config
 from lemonade_hpc.search import evolution
-from lemonade_hpc.search.evolution import Child, Outcome, State
+from lemonade_hpc.search.evolution import Outcome, State
 from lemonade_hpc.search.graph import Graph
 from lemonade_hpc.search.ops import Add, Concat, Conv, Signature
 
@@ -47,9 +47,9 @@ def handicap(graph: Graph) -> float:
     return 0.3 * shallow + 0.2 * sum(op.kernel == 5 for op in convs) / len(convs) + 0.1 * max(0, 2 - skips)
 
 
-def error(child: Child) -> float:
+def error(graph: Graph, params: float) -> float:
     """What training would have told."""
-    return float(np.ceil(1000 * (best_error(child.cheap[0]) + handicap(child.graph))) / 1000)
+    return float(np.ceil(1000 * (best_error(params) + handicap(graph))) / 1000)
 
 
 def distance(state: State) -> float:
@@ -77,7 +77,7 @@ def fifty_children_ms(state: State, max_edits: int) -> float:
             state, new = evolution.ask(state, 1, seen.__contains__)
             for child in new:
                 seen.add(child.digest)
-                state = evolution.tell(state, Outcome(child.number, (error(child),)))
+                state = evolution.tell(state, Outcome(child.number, (error(child.graph, child.cheap[0]),)))
         times.append(1e3 * (time.process_time() - began))
     return round(statistics.median(times), 1)
 
@@ -104,7 +104,7 @@ def main() -> None:
         state, new = evolution.ask(state, 20, lambda digest: bytes.fromhex(digest) in seen)
         seen.update(bytes.fromhex(child.digest) for child in new)
         for child in new:
-            state = evolution.tell(state, Outcome(child.number, (error(child),)))
+            state = evolution.tell(state, Outcome(child.number, (error(child.graph, child.cheap[0]),)))
         if state.num_committed >= (len(tenths) + 1) * children / 10:
             used = time.process_time() - last
             tenths.append(
