@@ -184,6 +184,7 @@ def fit(
 def _step(
     params: list[Tensor], gradients: list[Tensor], momenta: list[Tensor | None], training: Training, rate: float
 ) -> None:
+    assert training.weight_decay is not None
     sgd(
         params,
         gradients,
