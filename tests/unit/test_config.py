@@ -325,7 +325,7 @@ def test_resolve_fills_in_every_default_and_twice_is_once(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_resolve_keeps_what_was_given(shape):
     text = "{epochs: 7, initial_epochs: 3, distill_epochs: 0, lr: 0.3, initial_lr: 0.2, pad: 0, flip: true, cutout: 1, "
-    given = parse(f"training: {text} mixup: 0.5, deterministic: true}}")
+    given = parse(f"training: {text} mixup: 0.5, weight_decay: 0.01, deterministic: true}}")
     assert config.resolve(given, shape) == given
 
 
