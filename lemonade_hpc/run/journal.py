@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lemonade_hpc import files
-from lemonade_hpc.run.log import LogWriter, walk
+from lemonade_hpc.run.log import LogWriter, parse, walk
 
 Event = dict[str, Any]
 Lines = list[tuple[str, str]]
@@ -58,6 +58,12 @@ def read(run: Path) -> Journals:
             lines = lines[: links.index(until) + 1]
         if not lines:
             raise RecordError(f"{folder}: both copies of the journal have lost their first line")
+        if until is None and _more(copies, lines):
+            raise RecordError(
+                f"{folder}: both copies of the journal are damaged at line {len(lines) + 1}, and more was recorded "
+                f"after it. What that line said is lost, and without it nothing after it holds. Nothing was changed; "
+                f"put back one copy from a backup"
+            )
         _compare(found, copies, lines, newest=wanted == newest)
         found.epochs.insert(0, (wanted, lines))
         before = json.loads(lines[0][1])["continues"]
@@ -70,6 +76,17 @@ def _copies(run: Path, epoch: int) -> dict[Path, bytes]:
     paths = [run / path for path in files.journals(epoch)]
     contents = {path: path.read_bytes() if path.exists() else b"" for path in reversed(paths)}
     return {path: contents[path] for path in paths}
+
+
+def _more(copies: dict[Path, bytes], lines: Lines) -> bool:
+    """Whether the copies held more than can be read: sound lines behind a gap, or another whole line in both.
+
+    A crash leaves neither: nothing is written behind a line that is not whole, and nothing follows from a line that is
+    not in both.
+    """
+    known = {link for link, _ in lines}
+    behind = any(body is not None and link not in known for c in copies.values() for _, link, body in parse(c)[0])
+    return behind or all(content.count(b"\n") > len(lines) for content in copies.values())
 
 
 def _compare(found: Journals, copies: dict[Path, bytes], lines: Lines, *, newest: bool) -> None:

@@ -343,6 +343,20 @@ def test_damage_to_both_ends_of_the_last_epoch_loses_only_that_end(run: Path) ->
     assert in_effect(run) == json.loads(files.dumps(events[:-1]))
 
 
+@pytest.mark.parametrize("cut_second", [False, True])
+@pytest.mark.parametrize("line", [1, 3, -2, -1])
+def test_damage_to_both_copies_of_the_last_epoch_is_no_end(run: Path, line: int, cut_second: bool) -> None:
+    """Else everything behind it would go in silence, and with it the files that still hold it."""
+    lives(run, 2)
+    for path in files.journals(2):
+        lines = (run / path).read_bytes().splitlines(keepends=True)
+        assert len(lines) > 4
+        rest = [] if cut_second and path.name == "journal.copy" else lines[line:][1:]
+        (run / path).write_bytes(b"".join([*lines[:line], lines[line].replace(b'"', b"'", 1), *rest]))
+    with pytest.raises(RecordError, match=r"epochs/000002: both copies .* damaged at line \d+, .* is lost"):
+        doubles.load(run, SETTINGS)
+
+
 def test_events_that_contradict_one_another_are_an_error_in_words(run: Path) -> None:
     events = straight(SETTINGS, lambda number: False)[1]
     written = open_next(run)
