@@ -86,18 +86,23 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a whole file durably: readers see the old one or the new one, never a part. Raises OSError."""
+def write(path: Path, content: bytes, *, new: bool = False) -> None:
+    """Write a whole file durably: readers see the old one or the new one, never a part. Raises OSError.
+
+    `new`: one that exists stays as it is, and FileExistsError is raised; of two who try, one succeeds.
+    """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        if new:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 
@@ -110,9 +115,9 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, new: bool = False) -> None:
     """`write` of an indented JSON document."""
-    write(path, (json.dumps(value, indent=1) + "\n").encode())
+    write(path, (json.dumps(value, indent=1) + "\n").encode(), new=new)
 
 
 def dumps(value: Any) -> str:

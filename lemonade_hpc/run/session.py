@@ -73,11 +73,7 @@ def _nothing_to_do(run: Path, loaded: Loaded) -> bool:
 def _prepare(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
     """Check configuration and folder against each other; write `run.json` where the run is new."""
     if (run / files.RUN).exists():
-        content = record.read_identity(run)
-        _same(content, config, data, run)
-        if not os.access(run, os.W_OK):
-            raise ConfigError(f"{run}: no permission to write there")
-        return record.problem_of(run, content, config)
+        return _go_on(config, data, run)
     try:
         fixed = evolution.problem(config, Signature(data.shape, data.num_classes), data.majority_error)
     except ValueError as error:
@@ -86,12 +82,23 @@ def _prepare(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
         raise ConfigError(f"{run}: exists and is not a run folder (it has no {files.RUN}); give another --run")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        files.write_json(run / files.RUN, record.identity(config, data, fixed))
+        files.write_json(run / files.RUN, record.identity(config, data, fixed), new=True)
+    except FileExistsError:
+        return _go_on(config, data, run)
     except OSError as error:
         if error.errno in files.STORAGE_ERRORS:
             raise
         raise ConfigError(f"{run}: cannot be written: {error}") from error
     return fixed
+
+
+def _go_on(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
+    """The fixed part of a run that has a `run.json`."""
+    content = record.read_identity(run)
+    _same(content, config, data, run)
+    if not os.access(run, os.W_OK):
+        raise ConfigError(f"{run}: no permission to write there")
+    return record.problem_of(run, content, config)
 
 
 def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run: Path) -> None:

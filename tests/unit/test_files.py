@@ -71,6 +71,13 @@ def test_write_makes_content_durable_before_the_name_and_the_name_before_it_retu
     assert steps == [".tmp- 4", "replace", "folder"]
 
 
+def test_a_new_file_never_replaces_another(tmp_path: Path) -> None:
+    files.write(tmp_path / "a", b"first", new=True)
+    with pytest.raises(FileExistsError):
+        files.write(tmp_path / "a", b"second", new=True)
+    assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("a", b"first")]
+
+
 def test_remove_takes_files_folders_and_what_is_gone(tmp_path: Path) -> None:
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     (tmp_path / "folder" / "deep" / "file").touch()

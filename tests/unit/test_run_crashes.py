@@ -81,7 +81,7 @@ class Camera:
                 self.half(f"torn {log.path.name}", lambda copy: os.truncate(copy / where, before + grown // 2))
             self.point(f"after append to {log.path.name}")
 
-        def written(path: Path, content: bytes) -> None:
+        def written(path: Path, content: bytes, *, new: bool = False) -> None:
             where = path.relative_to(self.run)
             self.point(f"before {path.name}")
             self.half(
@@ -91,7 +91,7 @@ class Camera:
                     (copy / where).with_name(f".tmp-{path.name}-1").write_bytes(content[: len(content) // 2]),
                 ],
             )
-            write(path, content)
+            write(path, content, new=new)
             self.point(f"after {path.name}")
 
         def renamed(source: Path, target: Path) -> None:
@@ -242,9 +242,9 @@ class Trouble:
             self.strike()
             fsync(handle)
 
-        def file(path: Path, content: bytes) -> None:
+        def file(path: Path, content: bytes, *, new: bool = False) -> None:
             self.strike()
-            written(path, content)
+            written(path, content, new=new)
 
         patch.setattr(os, "write", short)
         patch.setattr(os, "fsync", forced)

@@ -136,7 +136,7 @@ def test_a_folder_where_nothing_may_be_written_is_refused(run: Path, monkeypatch
     with pytest.raises(ConfigError, match="no permission to write there"):
         doubles.search(run, SETTINGS)
 
-    def forbidden(path: Path, value: object) -> None:
+    def forbidden(path: Path, value: object, *, new: bool = False) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(files, "write_json", forbidden)
@@ -144,8 +144,24 @@ def test_a_folder_where_nothing_may_be_written_is_refused(run: Path, monkeypatch
         doubles.search(run.with_name("new"), SETTINGS)
 
 
+def test_of_two_first_starts_the_faster_one_says_what_the_run_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one has seen an empty folder; it must neither replace `run.json` nor go on with other settings."""
+    write_json = files.write_json
+
+    def overtaken(path: Path, value: object, *, new: bool = False) -> None:
+        monkeypatch.setattr(files, "write_json", write_json)
+        assert doubles.search(run, SETTINGS).state.complete
+        write_json(path, value, new=new)
+
+    monkeypatch.setattr(files, "write_json", overtaken)
+    with pytest.raises(ConfigError, match="was started with seed = 3, now it is 4"):
+        doubles.search(run, doubles.config(seed=4))
+    doubles.assert_sound(run)
+    assert doubles.search(run, SETTINGS).state.complete
+
+
 def test_a_full_disk_at_the_start_is_no_refusal(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, value: object) -> None:
+    def full(path: Path, value: object, *, new: bool = False) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
