@@ -11,9 +11,11 @@ import contextlib
 import csv
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -67,7 +69,7 @@ def search(
     settings = config.load(source)
 
     from lemonade_hpc.run import session
-    from lemonade_hpc.run.coordinator import Stopped
+    from lemonade_hpc.run.coordinator import Stopped, Superseded
     from lemonade_hpc.view import tables
     from lemonade_hpc.view.progress import ProgressView
 
@@ -77,7 +79,8 @@ def search(
             session.search(settings, folder, view, take_over=take_over)
     except (Stopped, KeyboardInterrupt) as stop:
         words = ["lemonade-hpc", "search", source, *(["--run", str(run)] if run is not None else [])]
-        typer.echo(f"{str(stop) or 'interrupted'}. Nothing is lost. To go on: {shlex.join(words)}", err=True)
+        on = "" if isinstance(stop, Superseded) else f" Nothing is lost. To go on: {shlex.join(words)}"
+        typer.echo(f"{str(stop) or 'interrupted'}.{on}", err=True)
         raise typer.Exit(STOPPED) from None
     _show_result(folder)
 
@@ -103,8 +106,11 @@ def _show_result(run: Path) -> None:
 def _draw(run: Path, content: dict[str, Any], fixed: Problem, loaded: Loaded, paths: list[Path]) -> None:
     """Draw the front of a run as read."""
     from lemonade_hpc.run import status
-    from lemonade_hpc.view import figures, tables
+    from lemonade_hpc.view import tables
 
+    with tempfile.TemporaryDirectory() as scratch:  # matplotlib would write a list of fonts to the user's home
+        os.environ.setdefault("MPLCONFIGDIR", scratch)
+        from lemonade_hpc.view import figures
     history = loaded.history
     failed = f", {history.state.num_failed} failed" if history.state.num_failed else ""
     title = f"{content['config']['data']['name']}: {history.state.num_committed} children{failed}"
@@ -191,7 +197,8 @@ def test(run: Run, as_json: Json = False) -> None:
         raise config.ConfigError(f"{run}: was started with other data than data.name gives now (checksum differs)")
     members = status.front(loaded.history)
     count = content["data"]["num_test"]
-    command = [sys.executable, "-m", "lemonade_hpc.learn.members", str(run), *(m["weights"]["path"] for m in members)]
+    stored = [part for m in members for part in (m["weights"]["path"], m["weights"]["sha256"])]
+    command = [sys.executable, "-m", "lemonade_hpc.learn.members", str(run), *stored]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         typer.echo(f"{done.stderr}error: the test errors could not be measured, see above", err=True)

@@ -149,7 +149,7 @@ class Cluster(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     idle_exit_min: Annotated[Real, Field(gt=0)] = Field(10.0, description="a worker without work leaves after this")
     child_timeout_min: Annotated[Real, Field(gt=0)] = Field(240.0, description="a child that takes longer fails")
-    retries: Count = Field(2, description="further attempts after a worker or trainer process died")
+    retries: Count = Field(2, description="further attempts at a child whose trainer process died")
 
 
 class Storage(_Section):

@@ -19,7 +19,7 @@ from lemonade_hpc import config as configs
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
 from lemonade_hpc.learn.network import Network, build
-from lemonade_hpc.learn.training import Images, error, place
+from lemonade_hpc.learn.training import Diverged, Images, error, place
 from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search.graph import Graph
 from lemonade_hpc.search.ops import Signature
@@ -71,23 +71,33 @@ def load(path: str | Path) -> Member:
     return Member(network, graph, mean, std).eval()
 
 
-def evaluate(run: Path, paths: list[str]) -> list[float]:
-    """Test error of stored networks of a run, as a share of the test images. Raises ConfigError for other data."""
+class Damaged(ValueError):  # noqa: N818
+    """A file of weights is not the one that was stored."""
+
+
+def evaluate(run: Path, stored: dict[str, str]) -> list[float]:
+    """Test error of stored networks of a run, as a share of the test images; `stored`: their paths and checksums.
+
+    Raises ConfigError for other data, Damaged for a file that is not what its checksum says.
+    """
+    for path, sha256 in stored.items():
+        if files.sha256((run / path).read_bytes()) != sha256:
+            raise Damaged(f"{run / path}: damaged or replaced, its SHA-256 is not the one in the record")
     identity = json.loads((run / files.RUN).read_text())
     data = data_sets.load(configs.from_dict(identity["config"], str(run / files.RUN)).data)
     if data.checksum != identity["data"]["checksum"]:
         raise configs.ConfigError(f"data {data.name}: not the data this run was started with (checksum differs)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     test = place(data, data.test, device)
-    return [error(load(run / path).network.to(device), test) for path in paths]
+    return [error(load(run / path).network.to(device), test) for path in stored]
 
 
 def main(arguments: list[str]) -> None:
-    """`members RUN PATH ...`: one JSON list of test errors on standard output."""
+    """`members RUN PATH SHA256 ...`: one JSON list of test errors on standard output."""
     torch.set_num_threads(1)
     try:
-        print(json.dumps(evaluate(Path(arguments[0]), arguments[1:])))
-    except (configs.ConfigError, OSError, SafetensorError) as problem:
+        print(json.dumps(evaluate(Path(arguments[0]), dict(zip(arguments[1::2], arguments[2::2], strict=True)))))
+    except (configs.ConfigError, Damaged, Diverged, OSError, SafetensorError) as problem:
         sys.exit(f"error: {problem}")
 
 

@@ -43,6 +43,10 @@ class Stopped(RuntimeError):  # noqa: N818
     """Stopped before complete; the same command goes on. Exit code 3."""
 
 
+class Superseded(Stopped):
+    """Another coordinator has the run now, or the run folder is gone."""
+
+
 class Observer(Protocol):
     """Who is told how it goes: a progress bar, or lines in a log."""
 
@@ -110,7 +114,7 @@ class Coordinator:
 
     def _check_lease(self) -> None:
         if self._superseded():
-            raise Stopped(f"{self.run} has another coordinator now, or is gone; this one has changed nothing since")
+            raise Superseded(f"{self.run} has another coordinator now, or is gone; this one has changed nothing since")
 
     def _superseded(self) -> bool:
         return max(files.epochs(self.run), default=0) != self._journal.epoch
@@ -126,6 +130,7 @@ class Coordinator:
     def _hear(self, crew: Crew, *, last_words: bool = False) -> None:
         """Read a worker's reports; `last_words`: only what it says of children, not its troubles."""
         full: str | None = None
+        unfit: list[str] = []
         for message in crew.hear():
             say = message["say"]
             if say == "hello":
@@ -137,11 +142,13 @@ class Coordinator:
             elif say == "storage" and not last_words:
                 full = message["reason"]
             elif say == "unfit" and not last_words:
-                self._misfortune(f"worker {crew.name} cannot start training: {message['reason']}")
+                unfit.append(f"worker {crew.name} cannot start training: {message['reason']}")
         if crew.damaged is not None:
             self._observer.note(f"worker {crew.name}: a damaged message in {crew.damaged}; its children go elsewhere")
             self._backend.kill(crew.name)
             self._dismiss(crew)
+        for reason in unfit:
+            self._misfortune(reason)
         if full is not None:
             raise Stopped(f"worker {crew.name} cannot write: {full}")
 
@@ -150,7 +157,10 @@ class Coordinator:
         number = outcome["child"]
         crew.tasks.pop((number, outcome["attempt"]), None)
         child = self.history.state.in_flight.get(number)
-        if child is None or number in self._arrived or outcome["digest"] != child.digest:
+        if child is None or number in self._arrived:
+            return
+        if outcome["digest"] != child.digest:
+            self._lose(crew, (number, outcome["attempt"]), "worker", f"it reported on network {outcome['digest']}")
             return
         if "weights" in outcome:
             path = self.run / outcome["weights"]["path"]

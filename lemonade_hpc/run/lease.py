@@ -51,6 +51,9 @@ def open_epoch(
     aside = run / files.EPOCHS / f"{files.TEMPORARY}{uuid.uuid4().hex}"
     try:
         aside.mkdir(parents=True)
+    except PermissionError as error:
+        raise ConfigError(f"{aside.parent}: no permission to write there") from error
+    try:
         link = _prepare(aside, number, config, loaded, workers)
         if take_over:
             _check_silent(run, loaded)

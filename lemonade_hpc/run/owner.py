@@ -60,10 +60,10 @@ def _hidden(pid: int) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """Start time of a live process in clock ticks since boot; None for a dead one or a zombie."""
+    """Start time of a live process in clock ticks since boot; None for a dead one, a zombie, or one that is hidden."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # the last: `hidepid=1`
         return None
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])

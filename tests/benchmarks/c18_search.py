@@ -134,7 +134,7 @@ def compare(seed: int, children: int) -> dict[str, Any]:
 def main() -> None:
     """Read the arguments, run, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--children", type=int, default=100)
+    parser.add_argument("--children", type=int, default=140)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="one seed, 20 children")
     arguments = parser.parse_args()

@@ -395,11 +395,15 @@ def report(backend: Any, crew: Any, outcome: Message) -> None:
     backend.workers[crew.name]._done.append([{"say": "outcome", "outcome": outcome}])
 
 
-def test_an_outcome_of_another_network_is_ignored(run: Path) -> None:
+def test_an_outcome_of_another_network_is_a_lost_attempt(run: Path) -> None:
+    """The child is trained again: ignored, it would be in flight for ever."""
     made, backend, crew, task = running(run)
     report(backend, crew, doubles.outcome(task, run) | {"digest": "f" * 32})
     made._turn()
     assert made.history.state.num_committed == 0
+    assert lost(run) == [(task["child"], "worker")]
+    tried = [event["attempt"] for event in doubles.events(run, SETTINGS, "attempt") if event["child"] == task["child"]]
+    assert tried == ["e1a1", "e1a2"]
     made.close()
 
 
