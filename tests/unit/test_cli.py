@@ -61,9 +61,13 @@ def finished(tmp_path_factory):
     """A finished run, its configuration and what `search` said. Not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "quick.yaml").write_text(QUICK)
+    home = tmp_path_factory.mktemp("home")
     command = [sys.executable, "-m", "lemonade_hpc.cli", "search", "quick.yaml"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), check=False)
+    environ = {key: value for key, value in environment(HOME=str(home)).items() if key != "MPLCONFIGDIR"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environ, check=False)
     assert done.returncode == 0, done.stderr
+    assert sorted(item.name for item in folder.iterdir()) == ["quick", "quick.yaml"]
+    assert list(home.rglob("*")) == []  # nothing outside the run folder
     return folder / "quick", done.stdout, done.stderr
 
 
@@ -515,6 +519,17 @@ def test_the_test_images_are_used_by_nothing_else():
     }
     assert users == {"data.py", "members.py"}  # the second is what `test` runs
     assert [path.name for path in folder.rglob("*.py") if "lemonade_hpc.learn.members" in path.read_text()]
+
+
+def test_test_refuses_weights_that_are_not_those_of_the_record(copy, lemonade):
+    """One bit of one weight: the file loads, and its error is a number, but of no network of this front."""
+    weights = copy / json.loads(lemonade("front", copy, "--json")[1])[0]["weights"]["path"]
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 0x40
+    weights.write_bytes(content)
+    code, out, err = lemonade("test", copy, "--json")
+    assert (code, out) == (1, "")
+    assert f"{weights}: damaged or replaced" in err and "Traceback" not in err
 
 
 def test_test_refuses_other_data_and_tells_of_missing_weights(copy, lemonade):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,25 @@ def test_another_users_process_that_proc_hides_is_not_called_gone(monkeypatch: p
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "kill", forbidden)
+    assert owner.judge(who) == "unknown"
+
+
+def test_a_process_whose_start_is_hidden_may_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hidepid=1`: the folder of another user's process is there, its files may not be read."""
+    who = owner.identity() | {"pid": 1}
+
+    def forbidden(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    read_text = Path.read_text
+
+    def read(path: Path) -> str:
+        if str(path) == "/proc/1/stat":
+            raise PermissionError(1, "Operation not permitted")
+        return read_text(path)
+
+    monkeypatch.setattr(os, "kill", forbidden)
+    monkeypatch.setattr(Path, "read_text", read)
     assert owner.judge(who) == "unknown"
 
 

@@ -522,7 +522,7 @@ def test_a_crash_while_an_epoch_is_made_is_harmless(run: Path, monkeypatch: pyte
     class Killed(BaseException):
         pass
 
-    def killed(*arguments: object) -> None:
+    def killed(*arguments: object, **named: object) -> None:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -534,6 +534,18 @@ def test_a_crash_while_an_epoch_is_made_is_harmless(run: Path, monkeypatch: pyte
     assert in_effect(run) == json.loads(files.dumps(events))
     open_next(run).close()
     assert files.epochs(run) == [1, 2]
+
+
+def test_a_folder_of_epochs_that_may_not_be_written_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write anywhere, so the answer of the operating system is given here."""
+
+    def forbidden(path: Path, mode: int = 0o777, *, parents: bool = False, exist_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    with pytest.raises(ConfigError, match="epochs: no permission to write there") as caught:
+        open_next(run)
+    assert not isinstance(caught.value, Held)
 
 
 def test_a_full_disk_while_an_epoch_is_made_leaves_nothing(run: Path) -> None:
