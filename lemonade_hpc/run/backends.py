@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,8 +16,10 @@ from lemonade_hpc import files
 from lemonade_hpc.config import Cluster
 from lemonade_hpc.run import owner, worker
 
-CLOSE_S = 2.0
+CLOSE_S = 1.5
 """How long workers that have said goodbye may take to be gone."""
+LAST_BYTES = 2000
+"""How much of a dead worker's standard error is told."""
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -36,6 +37,9 @@ class Backend(Protocol):
 
     def kill(self, name: str) -> None:
         """End a worker at once."""
+
+    def last_output(self, name: str) -> str:
+        """The end of what a dead worker wrote to its standard error."""
 
     def step(self) -> None:
         """Let inline workers work, clean up after others."""
@@ -62,6 +66,9 @@ class InlineBackend:
 
     def kill(self, name: str) -> None:  # noqa: D102
         self._workers.pop(name, None)
+
+    def last_output(self, name: str) -> str:  # noqa: D102
+        return ""
 
     def step(self) -> None:  # noqa: D102
         for name, one in list(self._workers.items()):
@@ -113,21 +120,34 @@ class LocalBackend:
         return name in self._known and owner.judge(self._known[name]) == "alive"
 
     def kill(self, name: str) -> None:
-        """SIGKILL the supervisor; its trainer leaves when its standard input closes."""
+        """SIGKILL the supervisor; its trainer leaves when its standard input closes.
+
+        One that has not said hello is known to submitit's process alone, whose pid is the job's id: SIGTERM to that
+        one is passed on, though not before it has started the supervisor.
+        """
         who = self._known.get(name)
         if who is not None and owner.judge(who) == "alive":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(who["pid"], signal.SIGKILL)
+        elif who is None and name in self._jobs and self.alive(name):
+            os.kill(int(self._jobs[name].job_id), signal.SIGTERM)
+
+    def last_output(self, name: str) -> str:  # noqa: D102
+        logs = sorted((self._run / files.WORKERS / name / "job").glob("*.err"))
+        return logs[-1].read_bytes()[-LAST_BYTES:].decode(errors="replace").strip() if logs else ""
 
     def step(self) -> None:
         """Remove the pickles of workers that have ended: nothing that outlives a job is a pickle."""
         for name in [name for name in self._jobs if not self.alive(name)]:
             del self._jobs[name]
-            shutil.rmtree(self._run / files.WORKERS / name / "job", ignore_errors=True)
+            for path in (self._run / files.WORKERS / name / "job").glob("*.pkl"):
+                files.remove(path)
 
     def close(self) -> None:  # noqa: D102
         deadline = time.monotonic() + CLOSE_S
         while self._jobs and time.monotonic() < deadline:
+            for name in self._jobs.keys() - self._known.keys():
+                self.kill(name)
             self.step()
             time.sleep(worker.POLL_S)
         for name in list(self._jobs):

@@ -27,7 +27,7 @@ POLL_S = 0.02
 BEAT_S = 2.0
 ASSIGNED_AHEAD = 2
 """Children a worker has at a time: one in training, the next one waiting."""
-STOP_S = 4.0
+STOP_S = 3.0
 """How long workers may take to leave when they are stopped."""
 MAX_WORKER_LOSSES = 20
 """Workers that may die under one child before it is given up: their deaths are not counted against it otherwise."""
@@ -219,7 +219,8 @@ class Coordinator:
             self._hear(crew, last_words=crew.said_bye is not None)
             if crew.name in self._crews:
                 if crew.said_bye is None:
-                    self._misfortune(f"worker {crew.name} died")
+                    output = self._backend.last_output(crew.name)
+                    self._misfortune(f"worker {crew.name} died" + (f": {output}" if output else ""))
                 elif crew.tasks and crew.said_bye != worker.UNFIT:  # that one has been counted
                     self._misfortune(f"worker {crew.name} left its children: {crew.said_bye}")
                 self._dismiss(crew)

@@ -37,9 +37,16 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def start(config: Path, run: Path, *more: str) -> subprocess.Popen[str]:
-    """The search command in a session of its own, so that a signal to its group is a Ctrl-C."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(config: Path, run: Path, *more: str, supervisors: str = "") -> subprocess.Popen[str]:
+    """The search command in a session of its own, so that a signal to its group is a Ctrl-C.
+
+    `supervisors`: Python statements that every supervisor executes when its interpreter starts.
+    """
+    site = config.parent / "site" / "sitecustomize.py"
+    site.parent.mkdir(exist_ok=True)
+    site.write_text(f"import sys\nif 'submitit.core._submit' in sys.orig_argv:\n    {supervisors or 'pass'}\n")
+    path = os.pathsep.join([str(site.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
         [*COMMAND, "search", str(config), "--run", str(run), *more],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,

@@ -84,13 +84,36 @@ def test_ctrl_c_and_on(undisturbed: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = harness.finish(process)
     assert code == 3, err
-    assert time.monotonic() - began < 6.0
+    assert time.monotonic() - began < 5.0
     assert "To go on: lemonade-hpc search" in err
     harness.assert_gone(run, 1.0)
     harness.assert_sound(run)
     assert harness.status(run)["state"] == "stopped"
     assert harness.search(config, run)[0] == 0
     assert harness.front(run) == harness.front(undisturbed)
+
+
+def test_ctrl_c_while_workers_are_still_starting(tmp_path: Path) -> None:
+    """On a slow disk the imports of a supervisor take long; it has not said a word yet, and must not be left behind."""
+    run = tmp_path / "run"
+    process = harness.start(harness.write_config(tmp_path), run, supervisors="import time; time.sleep(30)")
+    harness.wait_for(lambda: harness.pids(run, "supervisor"), "a supervisor")
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = harness.finish(process)
+    assert code == 3, err
+    assert time.monotonic() - began < 6.0
+    harness.assert_gone(run, 1.0)
+    assert not list(run.rglob("*.pkl"))
+
+
+def test_why_workers_cannot_start_is_told(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = harness.start(harness.write_config(tmp_path), run, supervisors="sys.exit('libfoo.so not found')")
+    code, _, err = harness.finish(process)
+    assert code == 1
+    assert "workers in a row ended" in err and "died: " in err and err.endswith("SystemExit: libfoo.so not found\n")
+    harness.assert_gone(run, 1.0)
 
 
 def test_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:

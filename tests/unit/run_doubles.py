@@ -142,6 +142,9 @@ class FakeBackend:
     def alive(self, name: str) -> bool:
         return name in self.workers
 
+    def last_output(self, name: str) -> str:
+        return "the last that it wrote"
+
     def kill(self, name: str) -> None:
         self.killed.append(name)
         self.die(name)
