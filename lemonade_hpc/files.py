@@ -86,6 +86,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, durably: a file in it is no safer than its name."""
+    for folder in reversed([one for one in (path, *path.parents) if not one.exists()]):
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def write(path: Path, content: bytes, *, new: bool = False) -> None:
     """Write a whole file durably: readers see the old one or the new one, never a part. Raises OSError.
 

@@ -240,7 +240,7 @@ def _store(lab: Lab, task: dict[str, Any], network: Network) -> dict[str, Any]:
     """Save the weights durably; their path in the run folder, checksum and size in bytes."""
     content = members.encode(network, graphs.from_json(task["graph"]), lab.signature, lab.train)
     path = files.attempt_folder(task["child"], task["attempt"]) / "weights.safetensors"
-    (lab.run / path).parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder((lab.run / path).parent)
     files.write(lab.run / path, content)
     return {"path": str(path), "sha256": files.sha256(content), "bytes": len(content)}
 

@@ -295,8 +295,8 @@ class Coordinator:
             name = f"e{self._journal.epoch}w{self._num_named:02d}"
             self._num_named += 1
             for path in (files.assigned_log(self._journal.epoch, name), files.done_log(name)):
-                (self.run / path).parent.mkdir(parents=True)
-                (self.run / path).touch()
+                files.make_folder((self.run / path).parent)
+                files.write(self.run / path, b"")
             self._crews[name] = Crew(self.run, self._journal.epoch, name)
             self._backend.launch(name)
             room += ASSIGNED_AHEAD
@@ -322,7 +322,8 @@ class Coordinator:
         """Remove what killed coordinators and workers may have left behind."""
         self._check_lease()
         self.history.release()
-        for path in (*leftovers.half_made(self.run), *leftovers.jobs(self.run, self._crews)):
+        useless = leftovers.half_made(self.run) + leftovers.lost_attempts(self.run, self.history)
+        for path in (*useless, *leftovers.jobs(self.run, self._crews)):
             files.remove(path)
         self._remove_replaced()
         self._delete(leftovers.unneeded(self.run, self.history))
@@ -359,6 +360,8 @@ class Coordinator:
         self._record(population.complete(self.run, self.history, self._journal.epoch))
         self._remove_replaced()
         self._write()
+        for path in leftovers.lost_attempts(self.run, self.history):
+            files.remove(path)
         self._beat()
 
     # ------------------------------------------------------------ the end

@@ -50,7 +50,7 @@ def open_epoch(
     number = loaded.epoch + 1
     aside = run / files.EPOCHS / f"{files.TEMPORARY}{uuid.uuid4().hex}"
     try:
-        aside.mkdir(parents=True)
+        files.make_folder(aside)
     except PermissionError as error:
         raise ConfigError(f"{aside.parent}: no permission to write there") from error
     try:
@@ -90,8 +90,9 @@ def _prepare(aside: Path, number: int, config: Config, loaded: Loaded, workers: 
             writer.append([header])
             link = writer.previous
     for worker in workers:
-        (aside / "workers" / worker).mkdir(parents=True)
+        files.make_folder(aside / "workers" / worker)
         files.write(aside / "workers" / worker / "assigned.log", b"")
+    files.sync_folder(aside)
     return link
 
 

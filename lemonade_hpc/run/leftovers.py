@@ -17,8 +17,20 @@ from lemonade_hpc.run.record import History
 
 def half_made(run: Path) -> list[Path]:
     """Files and folders that were being written."""
-    folders = (run, run / files.EPOCHS, run / files.STATE, *(run / files.EPOCHS).glob("*"))
+    epochs = run / files.EPOCHS
+    crews = (*epochs.glob("*/workers/*"), *(run / files.WORKERS).glob("*"))
+    folders = (run, epochs, run / files.STATE, *epochs.glob("*"), *crews)
     return [path for folder in folders for path in folder.glob(f"{files.TEMPORARY}*")]
+
+
+def lost_attempts(run: Path, history: History) -> list[Path]:
+    """In the folders of children whose weights are needed, all but what the record names."""
+    found = []
+    for number, outcome in history.results.items():
+        folder = run / files.child_folder(number)
+        found += [path for path in folder.glob("*") if path.name != outcome["attempt"]]
+        found += (folder / outcome["attempt"]).glob(f"{files.TEMPORARY}*")
+    return found
 
 
 def jobs(run: Path, living: Collection[str]) -> list[Path]:

@@ -91,7 +91,7 @@ def _sealed(children: tuple[int, int], epoch: int) -> Path:
 def _store(run: Path, history: History, path: Path, rows: list[Row]) -> dict[str, Any]:
     """Write a file of children; its path and checksum for the record."""
     content = _encode(run, history.state.problem, rows)
-    (run / path).parent.mkdir(exist_ok=True)
+    files.make_folder((run / path).parent)
     files.write(run / path, content)
     return {"file": str(path), "sha256": files.sha256(content)}
 

@@ -81,7 +81,7 @@ def _prepare(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
     if run.exists() and (not run.is_dir() or any(not p.name.startswith(files.TEMPORARY) for p in run.iterdir())):
         raise ConfigError(f"{run}: exists and is not a run folder (it has no {files.RUN}); give another --run")
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        files.make_folder(run)
         files.write_json(run / files.RUN, record.identity(config, data, fixed), new=True)
     except FileExistsError:
         return _go_on(config, data, run)

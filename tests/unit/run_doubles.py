@@ -73,9 +73,9 @@ def error_of(digest: str) -> float:
 def outcome(task: Message, run: Path) -> Message:
     """What a trainer reports of a child that went well, its weights on file."""
     path = files.attempt_folder(task["child"], task["attempt"]) / "weights.safetensors"
-    (run / path).parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder((run / path).parent)
     content = f"weights of {task['digest']}".encode()
-    (run / path).write_bytes(content)
+    files.write(run / path, content)
     return {
         **{key: task[key] for key in ("child", "attempt", "digest")},
         "objectives": {"val_error": error_of(task["digest"])},

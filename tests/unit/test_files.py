@@ -71,6 +71,16 @@ def test_write_makes_content_durable_before_the_name_and_the_name_before_it_retu
     assert steps == [".tmp- 4", "replace", "folder"]
 
 
+def test_a_new_folder_is_durable_with_all_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced: list[str] = []
+    monkeypatch.setattr(files, "sync_folder", lambda folder: forced.append(str(folder.relative_to(tmp_path))))
+    files.make_folder(tmp_path / "a" / "b" / "c")
+    assert forced == [".", "a", "a/b"]
+    files.make_folder(tmp_path / "a" / "b" / "c")
+    assert len(forced) == 3
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
 def test_a_new_file_never_replaces_another(tmp_path: Path) -> None:
     files.write(tmp_path / "a", b"first", new=True)
     with pytest.raises(FileExistsError):

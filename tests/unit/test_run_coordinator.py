@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -628,6 +629,38 @@ def test_what_killed_coordinators_left_behind_is_removed(run: Path) -> None:
     made.close()
     assert [name for name in junk if (run / name).exists()] == []
     assert [name for name in mine if not (run / name).exists()] == []
+
+
+def test_what_lost_attempts_left_beside_weights_that_are_needed_is_removed(run: Path) -> None:
+    history = doubles.search(run, SETTINGS)
+    number = history.state.front.numbers[0]
+    folder = run / files.child_folder(number)
+    (folder / "e1a9").mkdir()
+    for name in ("e1a9/weights.safetensors", "e1a1/.tmp-weights.safetensors-7"):
+        (folder / name).touch()
+    more = doubles.config(search={"children": 19})
+    history = doubles.search(run, more)
+    assert number in history.state.front.numbers
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*")] == ["e1a1", "e1a1/weights.safetensors"]
+
+
+def test_every_name_that_the_record_relies_on_is_durable(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file outlives a power cut only if its name does: the folder is forced to disk after the name was made."""
+    fsync, forced = os.fsync, dict[str, set[str]]()
+
+    def noted(handle: int) -> None:
+        fsync(handle)
+        target = os.readlink(f"/proc/self/fd/{handle}")
+        if os.path.isdir(target):
+            forced.setdefault(target, set()).update(os.listdir(target))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    doubles.search(run, SETTINGS)
+    inside = [path for path in run.rglob("*") if path.name not in ("heartbeat", "workers")]
+    names = {name for seen in forced.values() for name in seen}
+    assert len(inside) > 20
+    assert [str(path) for path in inside if path.name not in names] == []
+    assert str(run.parent) in forced and run.name in forced[str(run.parent)]
 
 
 # ---------------------------------------------------------------- another coordinator takes over
