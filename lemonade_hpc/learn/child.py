@@ -47,6 +47,10 @@ EXACT_TOLERANCE = 1e-6
 """Largest difference of logits, relative to their scale, that an exact edit may make in stored float32 weights."""
 
 
+class ParentDamaged(RuntimeError):  # noqa: N818
+    """The parent's stored weights are not those of the record: another attempt would find the same."""
+
+
 class OutOfTolerance(RuntimeError):  # noqa: N818
     """An exact edit changed the function: the child is refused."""
 
@@ -110,7 +114,7 @@ def seeded(*stream: int) -> torch.Generator:
 def train_child(lab: Lab, task: dict[str, Any], progress: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Train one child, save its weights and return the outcome as JSON.
 
-    A child's own fault is an outcome (`failure`), not an exception. So is an error of the file system (`storage`).
+    A child's own fault, or its parent's, is an outcome (`failure`), not an exception. So is an error of the file system (`storage`).
     """
     started = time.perf_counter()
     outcome: dict[str, Any] = {key: task[key] for key in ("child", "attempt", "digest")}
@@ -122,7 +126,7 @@ def train_child(lab: Lab, task: dict[str, Any], progress: Callable[[int], None] 
         if trouble.errno not in files.STORAGE_ERRORS:
             raise
         return {"storage": f"child {task['child']}: {trouble}"}
-    except (Diverged, OutOfTolerance) as fault:
+    except (Diverged, OutOfTolerance, ParentDamaged) as fault:
         outcome |= {"failure": {"kind": type(fault).__name__, "reason": str(fault)}}
     seconds = time.perf_counter() - started
     return outcome | {"wall_s": round(seconds, 3), "device": _device_name(lab.device)}
@@ -173,11 +177,11 @@ def _network(lab: Lab, graph: graphs.Graph, weights: Weights) -> Network:
 
 
 def _read(lab: Lab, stored: dict[str, Any]) -> Weights:
-    """Read the weights that an outcome names; raises RuntimeError where the file is not what was stored."""
+    """Read the weights that an outcome names; raises ParentDamaged where the file is not what was stored."""
     path = lab.run / stored["path"]
     content = path.read_bytes()
     if files.sha256(content) != stored["sha256"]:
-        raise RuntimeError(f"{path}: damaged or replaced, its sha256 is not {stored['sha256']}")
+        raise ParentDamaged(f"{path}: damaged or replaced, its sha256 is not {stored['sha256']}")
     return {name: value.to(lab.device) for name, value in load(content).items()}
 
 

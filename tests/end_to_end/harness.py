@@ -135,12 +135,30 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> 
     raise AssertionError(f"waited {seconds:g} s in vain for {what}")
 
 
+def committed(run: Path) -> dict[int, str]:
+    """Children with an outcome in the journals and the attempts it is of, read without the program's own code."""
+    found: dict[int, str] = {}
+    for path in sorted(run.glob("epochs/*/journal.log")):
+        for line in path.read_text(errors="replace").split("\n")[:-1]:  # the last one is torn, or empty
+            if '"event":"committed"' in line:
+                outcome = json.loads(line.partition(" ")[2])["outcome"]
+                assert outcome["child"] not in found, f"child {outcome['child']} is committed twice"
+                found[outcome["child"]] = outcome["attempt"]
+    return found
+
+
 def num_committed(run: Path) -> int:
-    """Outcomes in the journals, counted without the program's own code."""
-    lines = set()
-    for path in run.glob("epochs/*/journal.log"):
-        lines |= {line for line in path.read_text(errors="replace").splitlines() if '"event":"committed"' in line}
-    return len(lines)
+    """Outcomes in the journals."""
+    return len(committed(run))
+
+
+def assert_sound_now(run: Path, process: subprocess.Popen[str]) -> None:
+    """`verify` finds nothing wrong in the middle of a run: its coordinator waits meanwhile."""
+    kill(process.pid, signal.SIGSTOP)
+    try:
+        assert_sound(run)
+    finally:
+        kill(process.pid, signal.SIGCONT)
 
 
 def wait_for_outcomes(run: Path, count: int, process: subprocess.Popen[str]) -> None:

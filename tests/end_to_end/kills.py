@@ -1,8 +1,8 @@
 """Kill processes of real runs at random moments and check that nothing is lost: `python kills.py --kills 50`.
 
-Kills a coordinator, a supervisor or a trainer with SIGKILL, in turn; after a coordinator's death `verify` must pass and
-the same command must go on. Every run, when complete, must have the front of an undisturbed one, bit for bit. Prints
-JSON.
+Kills a coordinator, a supervisor or a trainer with SIGKILL, in turn. After every kill `verify` must pass, and what had
+been committed must stay so, each child once and by the same attempt; after a coordinator's death the same command must
+go on. Every run, when complete, must have the front of an undisturbed one, bit for bit. Prints JSON.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
 def torment(config: Path, run: Path, left: int, done: Counter[str], rng: random.Random) -> None:
     """One run to its end, hurt again and again on the way, at most `left` times."""
     process = harness.start(config, run)
+    kept: dict[int, str] = {}
     while True:
         time.sleep(rng.uniform(0.2, 4.0))
+        before, kept = kept, harness.committed(run)
+        assert before.items() <= kept.items(), f"{run}: outcomes that were committed are gone or others"
         if process.poll() is not None:
             code, _, err = harness.finish(process)
             assert code == 0, err
@@ -62,6 +65,8 @@ def torment(config: Path, run: Path, left: int, done: Counter[str], rng: random.
             process = harness.start(config, run)
         elif not harness.hurt(run, kind, rng):
             continue
+        elif process.poll() is None:
+            harness.assert_sound_now(run, process)
         done[kind] += 1
         left -= 1
 

@@ -47,8 +47,10 @@ def test_kill_coordinator(undisturbed: Path, tmp_path: Path) -> None:
         target = harness.num_committed(run) + rng.randint(0, 4)
         harness.wait_for_outcomes(run, target, process)
         time.sleep(rng.random() * 0.3)
+        before = harness.committed(run)
         harness.kill(process.pid)
         harness.finish(process)
+        assert before.items() <= harness.committed(run).items()
         if (run / "epochs").exists():
             harness.assert_sound(run)
     code, _, err = harness.search(config, run)
@@ -66,6 +68,7 @@ def test_kill_worker(undisturbed: Path, tmp_path: Path, kind: str) -> None:
     for target in (2, 8):
         harness.wait_for_outcomes(run, target, process)
         harness.wait_for(lambda: harness.hurt(run, kind, rng), f"a {kind} to kill")
+        harness.assert_sound_now(run, process)
     code, _, err = harness.finish(process)
     assert code == 0, err
     harness.assert_sound(run)

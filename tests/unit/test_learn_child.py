@@ -263,8 +263,10 @@ def test_a_parents_file_that_is_not_what_was_stored_is_refused(lab: Lab, root: T
     content = path.read_bytes()
     try:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(RuntimeError, match="damaged or replaced"):
-            child.train_child(lab, child_of(ROOT, root, 11, EXACT))
+        outcome = child.train_child(lab, child_of(ROOT, root, 11, EXACT))
+        assert outcome["failure"]["kind"] == "ParentDamaged"
+        assert f"{path}: damaged or replaced" in outcome["failure"]["reason"]
+        assert "weights" not in outcome
     finally:
         path.write_bytes(content)
 
