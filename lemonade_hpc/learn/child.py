@@ -114,7 +114,8 @@ def seeded(*stream: int) -> torch.Generator:
 def train_child(lab: Lab, task: dict[str, Any], progress: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Train one child, save its weights and return the outcome as JSON.
 
-    A child's own fault, or its parent's, is an outcome (`failure`), not an exception. So is an error of the file system (`storage`).
+    A child's own fault, or its parent's, is an outcome (`failure`), not an exception. So is an error of the file system
+    (`storage`).
     """
     started = time.perf_counter()
     outcome: dict[str, Any] = {key: task[key] for key in ("child", "attempt", "digest")}

@@ -72,7 +72,7 @@ def main() -> None:
             {"dims": dims, "on_the_front": len(expected), **first, **target},
             {"dims": dims, "on_the_front": len(expected), **compared(times, "front again", "ours")},
         ]
-    report("C11", given.rounds, guard, results)
+    report("C11", given, guard, results)
 
 
 if __name__ == "__main__":

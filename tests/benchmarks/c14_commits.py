@@ -104,7 +104,7 @@ def main() -> None:
     found = compared(times, "HDF5 in place", "journal", FLOOR)
     per_s = 1e6 / found["candidate_us"]
     target = {"per_s": round(per_s), "target_per_s": TARGET_PER_S, "target_met": per_s > TARGET_PER_S}
-    report("C14", given.rounds, {"everything committed is read back": complete}, found | target)
+    report("C14", given, {"everything committed is read back": complete}, found | target)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Random search makes a network by 1 to 12 random edits of a random initial one an
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import conclude
 
 from lemonade_hpc import config as configs
 from lemonade_hpc import data as data_sets
@@ -156,10 +156,9 @@ def main() -> None:
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
         "floor": FLOOR,
-        "reached": min(ratios) >= FLOOR,
         "runs": runs,
     }
-    print(json.dumps(result, indent=1))
+    conclude(result, [] if min(ratios) >= FLOOR else ["the floor"], small=arguments.small)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def main() -> None:
             given.rounds,
         )
         results += [{"nodes": nodes, **compared(times, "meta device", side, FLOOR)} for side in ("edited", "drawn")]
-    report("C9", given.rounds, guard, results)
+    report("C9", given, guard, results)
 
 
 if __name__ == "__main__":

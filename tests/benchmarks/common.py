@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,8 +64,20 @@ def rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def report(name: str, rounds: int, guard: dict[str, Any], results: Sequence[dict[str, Any]] | dict[str, Any]) -> None:
-    """Print one JSON document; raises AssertionError where the guard (name: whether it holds) does not hold."""
-    print(json.dumps({"benchmark": name, "rounds": rounds, "guard": guard, "results": results}, indent=1))
+def report(
+    name: str, given: argparse.Namespace, guard: dict[str, Any], results: Sequence[dict[str, Any]] | dict[str, Any]
+) -> None:
+    """Conclude one benchmark; raises AssertionError where the guard (name: whether it holds) does not hold."""
+    parts = [results] if isinstance(results, dict) else results
+    missed = [f"{part.get('candidate', name)}: the floor" for part in parts if part.get("floor_met") is False]
+    document = {"benchmark": name, "rounds": given.rounds, "guard": guard, "results": results}
     broken = [what for what, holds in guard.items() if holds is False]
+    conclude(document, missed, small=given.small)
     assert not broken, f"{name}: {', '.join(broken)} does not hold: the speeds above compare different things"
+
+
+def conclude(document: dict[str, Any], missed: Sequence[str], *, small: bool) -> None:
+    """Print a JSON document; exit code 1 where a floor is missed. A small run is too short to judge by: 0."""
+    print(json.dumps(document, indent=1))
+    if missed and not small:
+        sys.exit(f"missed: {', '.join(missed)}")

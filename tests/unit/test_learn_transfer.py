@@ -12,7 +12,7 @@ Mistakes seen elsewhere (lemonade.md, section 8) and the test that would catch e
 | two equal points delete each other from the front | equal_points_do_not_delete_each_other |
 | lambda = sigmoid(-20) | test_learn_exactness: twins, a_new_skip_learns_from_the_first_step_on |
 | failed children given error 1.0 and kept | a_failed_child_never_enters_the_front; test_learn_child: diverges |
-| budgets read from timedelta.seconds | not of these rings: no wall-clock budget is read here |
+| budgets read from timedelta.seconds | test_run_worker: a_childs_time_may_be_days |
 """
 
 from __future__ import annotations

@@ -198,6 +198,17 @@ def test_a_child_that_takes_too_long_fails(desk: Desk) -> None:
     assert second["child"] == 1 and "failure" not in second
 
 
+def test_a_childs_time_may_be_days(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,500 minutes are a day and an hour, not an hour."""
+    monkeypatch.setitem(globals(), "SETTINGS", doubles.config(cluster={"child_timeout_min": 1500.0}))
+    desk.open_epoch()
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    assert desk.steps() and desk.wait(1500 * 60 - 1)
+    assert not desk.trainers[0].killed
+    assert desk.wait(2) and desk.trainers[0].killed
+
+
 def test_each_child_has_its_own_time(desk: Desk) -> None:
     desk.send(task(0))
     desk.steps()
