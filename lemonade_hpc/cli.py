@@ -187,7 +187,7 @@ def _exclusive(**options: bool) -> None:
 
 @app.command()
 def test(run: Run, as_json: Json = False) -> None:
-    """Measure the front on the test images, which nothing else reads."""
+    """Measure the front on the test images, on which nothing else is measured."""
     from lemonade_hpc import data as data_sets
     from lemonade_hpc.run import status
     from lemonade_hpc.view import tables

@@ -121,6 +121,8 @@ class Search(_Section):
 class Training(_Section):
     """How a child is trained (paper, appendix on the training pipeline)."""
 
+    # inserted_bn follows `tests/benchmarks/measured_bn.py`: on mnist5k at the paper's rate, `measured` is 0.11 +- 0.06
+    # points better after 3 epochs; whole searches on digits gain the same hypervolume with either (3 seeds).
     epochs: Positive | None = Field(None, description="of a child")
     initial_epochs: Positive | None = Field(None, description="of a network without a parent")
     distill_epochs: Count | None = Field(None, description="epochs of distillation after an approximate operator")

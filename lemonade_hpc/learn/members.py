@@ -1,7 +1,7 @@
 """Trained members of a front as torch modules, and their test error.
 
 Decides: the form of a stored network: a safetensors file whose metadata hold graph, signature and normalisation, so
-that it needs nothing else to be used. `evaluate` is the only code that reads the test images.
+that it needs nothing else to be used. `evaluate` is the only code that measures on the test images.
 """
 
 from __future__ import annotations

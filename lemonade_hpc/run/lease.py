@@ -54,7 +54,7 @@ def open_epoch(
     except PermissionError as error:
         raise ConfigError(f"{aside.parent}: no permission to write there") from error
     try:
-        link = _prepare(aside, number, config, loaded, workers)
+        link = _prepare(run, aside, number, config, loaded, workers)
         if take_over:
             _check_silent(run, loaded)
         os.rename(aside, run / files.epoch_folder(number))
@@ -72,12 +72,13 @@ def open_epoch(
     return number, Journal(run, number, link)
 
 
-def _prepare(aside: Path, number: int, config: Config, loaded: Loaded, workers: Iterable[str]) -> str:
+def _prepare(run: Path, aside: Path, number: int, config: Config, loaded: Loaded, workers: Iterable[str]) -> str:
     """Fill a new epoch's folder; the link of its journal's first line."""
     before = {"epoch": loaded.epoch, "records": loaded.history.num_records, "link": loaded.link}
     header = {
         "event": "epoch",
         "epoch": number,
+        "identity": files.sha256((run / files.RUN).read_bytes()),
         "continues": before if loaded.epoch else None,
         "children": config.search.children,
         "retries": config.cluster.retries,

@@ -28,6 +28,7 @@ def verify(run: Path) -> list[tuple[str, list[str]]]:
     loaded = record.load(run, fixed, events)
     history = loaded.history
     return [
+        ("the run is what it was started as", list(_identity(run, fixed, events))),
         ("journals intact in both copies", list(loaded.warnings)),
         ("every decision repeats", list(_decisions(fixed, events))),
         ("every child has at most one outcome", list(_outcomes(events))),
@@ -36,6 +37,19 @@ def verify(run: Path) -> list[tuple[str, list[str]]]:
         ("weights of the front match their checksums", list(_weights(run, history))),
         ("front and hypervolume recompute", list(_front(history, events))),
     ]
+
+
+def _identity(run: Path, fixed: Problem, events: list[Event]) -> Iterator[str]:
+    """`run.json` is that of every epoch, and the reference point follows from it."""
+    path = run / files.RUN
+    found = files.sha256(path.read_bytes())
+    others = [event["epoch"] for event in events if event["event"] == "epoch" and event["identity"] != found]
+    if others:
+        yield f"{path}: has changed since the coordinators of epochs {others} read it"
+    majority_error = record.read_identity(run)["data"]["majority_error"]
+    wanted = evolution.problem(fixed.config, fixed.signature, majority_error).reference
+    if fixed.reference != wanted:
+        yield f"{path}: the reference point is {fixed.reference}, by settings and data it is {wanted}"
 
 
 def _decisions(fixed: Problem, events: list[Event]) -> Iterator[str]:

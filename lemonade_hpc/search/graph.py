@@ -8,7 +8,6 @@ is one loop over its nodes. Graphs are immutable; `morphisms.py` makes new ones.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -203,11 +202,6 @@ def from_json(data: dict[str, Any]) -> Graph:
     if not all(type(k) is int for k in (next_id, *(k for n in nodes for k in (n.id, n.tie, *n.inputs)))):
         raise ValueError("not a graph as `to_json` writes it: ids, inputs, ties and next_id are whole numbers")
     return Graph(nodes, next_id)
-
-
-def pack(graph: Graph) -> bytes:
-    """Compact JSON bytes, as stored in HDF5."""
-    return json.dumps(to_json(graph), separators=(",", ":")).encode()
 
 
 def chain(ops: Iterable[Op]) -> Graph:

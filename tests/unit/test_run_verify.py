@@ -22,6 +22,7 @@ import run_doubles as doubles  # noqa: E402
 
 SETTINGS = doubles.config()
 CHECKS = [
+    "the run is what it was started as",
     "journals intact in both copies",
     "every decision repeats",
     "every child has at most one outcome",
@@ -123,6 +124,16 @@ def test_a_sound_run_that_was_stopped_passes_too(run: Path) -> None:
         made._turn()
     made.close()
     assert faults(run) == {}
+
+
+def test_a_changed_identity_is_found_in_the_middle_of_a_run_too(run: Path) -> None:
+    path = run / files.RUN
+    content = json.loads(path.read_text())
+    content["reference"][0] += 0.01
+    path.write_text(json.dumps(content))
+    (first, second) = dict(verify.verify(run))[CHECKS[0]]
+    assert "has changed since the coordinators of epochs [1, 2] read it" in first
+    assert "the reference point is (0.91" in second
 
 
 @pytest.mark.parametrize("which", [0, 1])
