@@ -67,6 +67,7 @@ class Coordinator:
         self.stop_signal: int | None = None
         self._journal, self._backend, self._observer = journal, backend, observer
         self._crews: dict[str, Crew] = {}
+        self._adopted: frozenset[str] = frozenset()
         self._unwritten: list[Event] = []
         self._arrived: dict[int, Message] = {}
         self._num_named = self._misfortunes = 0
@@ -139,6 +140,8 @@ class Coordinator:
                 self._arrive(crew, message["outcome"])
             elif say == "crashed":
                 self._lose(crew, (message["child"], message["attempt"]), "crash", message["reason"])
+            elif say == "returned":
+                self._lose(crew, (message["child"], message["attempt"]), "stopped", "another worker was idle")
             elif say == "storage" and not last_words:
                 full = message["reason"]
             elif say == "unfit" and not last_words:
@@ -148,7 +151,7 @@ class Coordinator:
             self._backend.kill(crew.name)
             self._dismiss(crew)
         for reason in unfit:
-            self._misfortune(reason)
+            self._misfortune(crew, reason)
         if full is not None:
             raise Stopped(f"worker {crew.name} cannot write: {full}")
 
@@ -198,18 +201,28 @@ class Coordinator:
     # ------------------------------------------------------------ losses
 
     def _lose(self, crew: Crew, key: Key, kind: str, reason: str) -> None:
-        """An attempt will not report. A child that has used up its budget for this kind of loss fails."""
+        """An attempt will not report."""
         number, attempt = key
         crew.tasks.pop(key, None)
-        if number in self._arrived or not any(a.id == attempt and a.lost is None for a in self._attempts(number)):
-            return
-        self._record({"event": "lost", "child": number, "attempt": attempt, "kind": kind, "reason": reason})
-        lost = sum(one.lost == kind for one in self.history.attempts[number])
-        allowed = {"crash": self.config.cluster.retries, "worker": MAX_WORKER_LOSSES}.get(kind)
-        if allowed is not None and lost > allowed:
-            failure = {"kind": kind, "reason": f"{lost} attempts ended so; the last one: {reason}"}
-            digest = self.history.state.in_flight[number].digest
-            self._arrived[number] = {"child": number, "attempt": attempt, "digest": digest, "failure": failure}
+        if any(one.id == attempt and one.lost is None for one in self._attempts(number)):
+            self._record({"event": "lost", "child": number, "attempt": attempt, "kind": kind, "reason": reason})
+
+    def _give_up(self) -> None:
+        """Children whose attempts have used up a budget fail. Told by the record alone, so a crash changes nothing."""
+        allowed = {"crash": self.config.cluster.retries, "worker": MAX_WORKER_LOSSES}
+        for number, attempts in self.history.attempts.items():
+            if number in self._arrived or not attempts or attempts[-1].lost is None:
+                continue
+            for kind, most in allowed.items():
+                lost = [one for one in attempts if one.lost == kind]
+                if len(lost) > most:
+                    reason = f"{len(lost)} attempts ended so; the last one: {lost[-1].reason}"
+                    self._arrived[number] = {
+                        "child": number,
+                        "attempt": lost[-1].id,
+                        "digest": self.history.state.in_flight[number].digest,
+                        "failure": {"kind": kind, "reason": reason},
+                    }
 
     def _retire(self) -> None:
         """Take back the children of workers that have left or died."""
@@ -220,9 +233,9 @@ class Coordinator:
             if crew.name in self._crews:
                 if crew.said_bye is None:
                     output = self._backend.last_output(crew.name)
-                    self._misfortune(f"worker {crew.name} died" + (f": {output}" if output else ""))
+                    self._misfortune(crew, f"worker {crew.name} died" + (f": {output}" if output else ""))
                 elif crew.tasks and crew.said_bye != worker.UNFIT:  # that one has been counted
-                    self._misfortune(f"worker {crew.name} left its children: {crew.said_bye}")
+                    self._misfortune(crew, f"worker {crew.name} left its children: {crew.said_bye}")
                 self._dismiss(crew)
 
     def _dismiss(self, crew: Crew) -> None:
@@ -234,10 +247,13 @@ class Coordinator:
         crew.close()
         del self._crews[crew.name]
 
-    def _misfortune(self, reason: str) -> None:
-        """Count workers that end without an outcome in between; too many in a row end the run."""
-        self._misfortunes += 1
+    def _misfortune(self, crew: Crew, reason: str) -> None:
+        """Count own workers that end without an outcome in between; too many in a row end the run.
+
+        Adopted ones do not count: they may have died with the coordinator before, however many it had.
+        """
         self._observer.note(reason)
+        self._misfortunes += crew.name not in self._adopted
         if self._misfortunes > MISFORTUNES_PER_WORKER * self.config.cluster.workers:
             self._write()
             raise RunFailed(
@@ -266,6 +282,7 @@ class Coordinator:
 
     def _dispatch(self) -> None:
         """Assign what waits to workers with room; start workers while there is work for them."""
+        self._give_up()
         waiting = [n for n in sorted(self.history.state.in_flight) if n not in self._arrived and not self._running(n)]
         self._man(len(waiting))
         chosen: list[tuple[Crew, Key]] = []
@@ -279,7 +296,18 @@ class Coordinator:
             chosen.append((crew, key))
         self._write()
         for crew, key in chosen:
-            crew.assign(key, crew.tasks[key])
+            crew.assign(key)
+        if not waiting:
+            self._level()
+
+    def _level(self) -> None:
+        """Ask for children that wait behind another back, one for each worker that has none."""
+        idle = sum(not crew.tasks for crew in self._crews.values())
+        for crew in self._crews.values():
+            idle -= crew.recalling
+        for crew in self._crews.values():
+            if idle > 0 and crew.recall():
+                idle -= 1
 
     def _running(self, number: int) -> Attempt | None:
         """The attempt at a child that may still report."""
@@ -289,9 +317,9 @@ class Coordinator:
         return self.history.attempts.get(number, [])
 
     def _man(self, waiting: int) -> None:
-        """Start workers up to the number wanted, as far as children wait."""
-        room = sum(ASSIGNED_AHEAD - len(crew.tasks) for crew in self._crews.values())
-        while len(self._crews) < self.config.cluster.workers and waiting > room:
+        """Start workers up to the number wanted, as far as children wait for one."""
+        idle = sum(not crew.tasks for crew in self._crews.values())
+        while len(self._crews) < self.config.cluster.workers and waiting > idle:
             name = f"e{self._journal.epoch}w{self._num_named:02d}"
             self._num_named += 1
             for path in (files.assigned_log(self._journal.epoch, name), files.done_log(name)):
@@ -299,20 +327,23 @@ class Coordinator:
                 files.write(self.run / path, b"")
             self._crews[name] = Crew(self.run, self._journal.epoch, name)
             self._backend.launch(name)
-            room += ASSIGNED_AHEAD
+            idle += 1
 
     def adopt(self, names: list[str]) -> None:
         """Take over the workers of earlier coordinators, living or dead.
 
         What they have reported counts; the living get their children again, those of the dead go back to the pool.
         """
+        self._adopted = frozenset(names)
         for name in names:
             self._crews[name] = Crew(self.run, self._journal.epoch, name)
         for number in sorted(self.history.state.in_flight):
             attempt = self._running(number)
             if attempt is not None:
                 key = (number, attempt.id)
-                self._crews[attempt.worker].assign(key, record.task(self.history, *key))
+                crew = self._crews[attempt.worker]
+                crew.tasks[key] = record.task(self.history, *key)
+                crew.assign(key)
         for crew in list(self._crews.values()):
             self._hear(crew, last_words=True)
 
@@ -358,8 +389,8 @@ class Coordinator:
         self._write()
         self._check_lease()
         self._record(population.complete(self.run, self.history, self._journal.epoch))
-        self._remove_replaced()
         self._write()
+        self._remove_replaced()
         for path in leftovers.lost_attempts(self.run, self.history):
             files.remove(path)
         self._beat()

@@ -23,6 +23,7 @@ class Crew:
         self.tasks: dict[Key, Message] = {}
         """What it was given and has not reported on."""
         self.started: set[Key] = set()
+        self._recalled: set[Key] = set()
         self.doing = "starting"
         """In words, for people."""
         self.said_bye: str | None = None
@@ -35,10 +36,24 @@ class Crew:
         """Its log, where a report in it is damaged: what it said cannot be known."""
         return self._reader.path if self._reader.num_damaged else None
 
-    def assign(self, key: Key, task: Message) -> None:
-        """Give it a child. Raises OSError."""
-        self.tasks[key] = task
-        self._mailbox.append([task])
+    def assign(self, key: Key) -> None:
+        """Send it one of its tasks. Raises OSError."""
+        self._mailbox.append([self.tasks[key]])
+
+    @property
+    def recalling(self) -> int:
+        """How many children it has been asked for back and may still return."""
+        return len(self._recalled & self.tasks.keys() - self.started)
+
+    def recall(self) -> bool:
+        """Ask for a child back that waits behind another, the last one first; False if it has none to give."""
+        waiting = [key for key in self.tasks if key not in self.started and key not in self._recalled]
+        if len(self.tasks) < 2 or not waiting:
+            return False
+        child, attempt = waiting[-1]
+        self._recalled.add(waiting[-1])
+        self.tell({"do": "revoke", "child": child, "attempt": attempt})
+        return True
 
     def tell(self, message: Message) -> None:
         """Send what may be lost: with a full disk, a worker finds out by itself."""

@@ -19,7 +19,7 @@ from lemonade_hpc.data import DataSet
 from lemonade_hpc.run import journal
 from lemonade_hpc.run.journal import Event
 from lemonade_hpc.run.journal import RecordError as RecordError
-from lemonade_hpc.search import evolution, morphisms
+from lemonade_hpc.search import evolution, morphisms, pareto
 from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search.evolution import Child, Drawn, Outcome, Problem
 from lemonade_hpc.search.ops import Signature
@@ -133,6 +133,8 @@ class Attempt:
     worker: str
     lost: str | None = None
     """How it was lost (`crash`, `worker`, `stopped`), None while it may still report."""
+    reason: str = ""
+    """Why, in words."""
 
 
 class History:
@@ -161,8 +163,9 @@ class History:
         self.wall_s = 0.0
         """Seconds that committed attempts took."""
         self.num_records = 0
-        self.initial_front: Any = None
-        """Objective values of the front of the initial networks, once all have reported."""
+        self.initial_front: pareto.Front | None = None
+        """The front of the initial networks alone, once all have reported; children may have been faster than some."""
+        self._initial = self.state.front
         self.complete: Event | None = None
 
     def apply(self, event: Event) -> None:
@@ -200,11 +203,13 @@ class History:
         self.num_lost[event["kind"]] += 1
         for attempt in self.attempts.get(event["child"], []):
             if attempt.id == event["attempt"]:
-                attempt.lost = event["kind"]
+                attempt.lost, attempt.reason = event["kind"], event["reason"]
 
     def _committed(self, outcome: dict[str, Any]) -> None:
-        number = outcome["child"]
-        self.state = evolution.tell(self.state, outcome_of(self.state.problem, outcome))
+        number, told = outcome["child"], outcome_of(self.state.problem, outcome)
+        self.state = evolution.tell(self.state, told)
+        if number < self.state.num_initial:
+            self._initial_told(told)
         self.attempts.pop(number)
         self.wall_s += outcome.get("wall_s", 0.0)
         self.unsealed[number]["outcome"] = outcome
@@ -216,8 +221,13 @@ class History:
             del self.results[gone]
             self.released.append(gone)
         self.children = {n: c for n, c in self.children.items() if n in self.results or n in self.state.in_flight}
-        if self.initial_front is None and not any(n < self.state.num_initial for n in self.state.in_flight):
-            self.initial_front = self.state.front.values
+
+    def _initial_told(self, told: Outcome) -> None:
+        if told.failure is None:
+            vector = evolution.vector(self.state.problem, self.children[told.number].cheap, told.expensive)
+            self._initial = pareto.insert(self._initial, told.number, vector)
+        if not any(number < self.state.num_initial for number in self.state.in_flight):
+            self.initial_front = self._initial
 
     def release(self) -> list[int]:
         """Children whose weights may be deleted; each is returned once."""

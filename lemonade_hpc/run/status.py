@@ -109,7 +109,7 @@ def hypervolumes(history: History) -> dict[str, float | None]:
     fixed, initial = history.state.problem, history.initial_front
     return {
         "front": evolution.hypervolume(fixed, history.state.front.values),
-        "initial": None if initial is None else evolution.hypervolume(fixed, initial),
+        "initial": None if initial is None else evolution.hypervolume(fixed, initial.values),
     }
 
 

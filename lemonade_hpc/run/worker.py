@@ -4,9 +4,9 @@ Decides: what a worker does with an assignment, a crash of its trainer, a signal
 successor. Never decides what is trained or whether a child is tried again: that is the coordinator's. A worker follows
 the highest epoch; one that finds no mailbox of its own there was given up, and leaves.
 
-Coordinator to worker: `{"do": "train", ...task}`, `{"do": "revoke", child, attempt}`, `{"do": "leave"}` when idle, and
+Coordinator to worker: `{"do": "train", ...task}`, `{"do": "revoke", child, attempt}` of one that has not begun, and
 `{"do": "stop"}` at once. Worker to coordinator: `{"say": ...}` with hello, ready, alive, started, epoch, outcome,
-crashed, storage, unfit, bye.
+returned, crashed, storage, unfit, bye.
 """
 
 from __future__ import annotations
@@ -139,6 +139,10 @@ def _message(line: bytes) -> Message | None:
     return message if isinstance(message, dict) else None
 
 
+def _key(message: Message) -> tuple[int, str]:
+    return message["child"], message["attempt"]
+
+
 class InlineTrainer:
     """`learn/child.py` inside this process, which waits for it: for tests and debugging."""
 
@@ -177,7 +181,6 @@ class Worker:
         self._known: set[tuple[int, str]] = set()
         self._current: Message | None = None
         self._deadline = 0.0
-        self._leaving = False
         self._idle_since = self._beat_at = self._pulse_at = time.monotonic()
         self._pulse = -1
         self._say("hello", **owner.identity())
@@ -203,8 +206,6 @@ class Worker:
         if self._current or self._queue:
             self._idle_since = now
             return True
-        if self._leaving:
-            return self._leave("no more work")
         if now - self._idle_since > ORPHAN_WAIT_S and self._orphaned(now):
             return self._leave("the coordinator is gone")
         return now - self._idle_since < self._idle_exit_s or self._leave("idle")
@@ -221,9 +222,9 @@ class Worker:
             return False
         self._epoch, self._assigned = epoch, LogReader(path)
         for task in self._queue:  # the new coordinator sends again what it wants done
-            self._known.discard((task["child"], task["attempt"]))
+            self._known.discard(_key(task))
         self._queue.clear()
-        self._leaving, self._pulse, self._idle_since = False, -1, time.monotonic()
+        self._pulse, self._idle_since = -1, time.monotonic()
         owned = json.loads((self.run / files.owner(epoch)).read_text())
         self._owner = owned["owner"]
         cluster = owned["config"]["cluster"]
@@ -243,17 +244,13 @@ class Worker:
     def _obey(self, message: Message) -> bool:
         """Carry out one message; False for `stop`."""
         if message["do"] == "train":
-            key = (message["child"], message["attempt"])
-            if key not in self._known:
-                self._known.add(key)
+            if _key(message) not in self._known:
+                self._known.add(_key(message))
                 self._queue.append(message)
         elif message["do"] == "revoke":
-            key = (message["child"], message["attempt"])
-            self._queue = deque(t for t in self._queue if (t["child"], t["attempt"]) != key)
-            if self._current and (self._current["child"], self._current["attempt"]) == key:
-                self._drop_trainer()
-        elif message["do"] == "leave":
-            self._leaving = True
+            for task in [task for task in self._queue if _key(task) == _key(message)]:
+                self._queue.remove(task)
+                self._say("returned", durable=True, child=task["child"], attempt=task["attempt"])
         return bool(message["do"] != "stop")
 
     # ------------------------------------------------------------ the trainer
@@ -292,7 +289,7 @@ class Worker:
         elif "storage" in message:
             self._say("storage", reason=message["storage"])
             if self._current is not None:  # whoever wants it again sends it again
-                self._known.discard((self._current["child"], self._current["attempt"]))
+                self._known.discard(_key(self._current))
                 self._current = None
         else:
             self._say("outcome", durable=True, outcome=message)

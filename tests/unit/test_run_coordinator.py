@@ -113,13 +113,33 @@ def test_observers_hear_of_every_worker(run: Path) -> None:
     assert "idle" in {words for doing in notes.doing for words in doing.values()}
 
 
-def test_a_worker_starts_only_for_children_that_wait(run: Path) -> None:
-    settings = doubles.config(search={"mode": "steady_state"}, cluster={"workers": 9})
-    history = doubles.search(run, settings)
-    assert history.state.complete
-    first = doubles.events(run, settings, "attempt")[0]
-    assert first["worker"] == "e1w00"
-    assert len(list((run / files.WORKERS).iterdir())) <= 9
+@pytest.mark.parametrize(("mode", "workers", "started"), [("generational", 9, 3), ("steady_state", 3, 3)])
+def test_a_worker_starts_for_every_child_that_waits_and_only_for_these(
+    run: Path, mode: str, workers: int, started: int
+) -> None:
+    """Three initial networks on three workers, not two of them on one."""
+    settings = doubles.config(search={"mode": mode}, cluster={"workers": workers})
+    made, backend, *_ = running(run, settings)
+    assert len(made.history.state.in_flight) == 3 and sorted(backend.workers) == [f"e1w{k:02d}" for k in range(started)]
+    assert [len(crew.tasks) for crew in made._crews.values()] == [1] * started
+    made.close()
+
+
+def test_a_child_that_waits_behind_another_is_given_to_a_worker_that_is_idle(run: Path) -> None:
+    """In generational mode the next generation waits for all: nobody may sit idle beside a queue."""
+    settings = doubles.config(cluster={"workers": 2})
+    made = doubles.start(run, settings, doubles.FakeBackend(run, lambda task: "hang" if task["child"] == 5 else None))
+    for _ in range(60):
+        made._turn()
+    assert list(made.history.state.in_flight) == [5, 6, 7, 8]  # told in order, so all wait for the first
+    assert sorted(made._arrived) == [6, 7, 8]
+    attempts = [event for event in doubles.events(run, settings, "attempt") if event["child"] == 7]
+    assert [event["attempt"] for event in attempts] == ["e1a1", "e1a2"]
+    assert attempts[0]["worker"] != attempts[1]["worker"]
+    assert lost(run, settings) == [(7, "stopped")]
+    made.close()
+    assert doubles.search(run, settings).state.complete
+    doubles.assert_sound(run)
 
 
 # ---------------------------------------------------------------- retries
@@ -164,6 +184,40 @@ def test_a_childs_own_failure_is_not_tried_again(run: Path) -> None:
     assert history.state.num_failed == len([n for n in range(NUM) if n % 4 == 1])
     assert lost(run) == []
     assert all(failed["failure"] == doubles.FAILURE for failed in history.failures)
+    doubles.assert_sound(run)
+
+
+@pytest.mark.parametrize("mode", ["generational", "steady_state"])
+def test_a_child_that_has_used_up_its_budget_is_not_tried_by_the_next_coordinator(run: Path, mode: str) -> None:
+    """Killed after the last crash is on record and before the failure is: that child 3 is awaited makes the moment."""
+    settings = doubles.config(search={"mode": mode})
+    words = {3: "hang", 4: "crash"}
+    made = doubles.start(run, settings, doubles.FakeBackend(run, lambda task: words.get(task["child"])))
+    real = made._commit
+    made._commit = lambda: real() if lost(run, settings).count((4, "crash")) < 3 else False  # type: ignore[method-assign]
+    for _ in range(60):
+        made._turn()
+    made._journal.close()  # killed
+    assert lost(run, settings).count((4, "crash")) == 3 and 4 in made.history.state.in_flight
+    history = doubles.search(run, settings)
+    assert history.state.complete and [one["child"] for one in history.failures] == [4]
+    assert lost(run, settings).count((4, "crash")) == 3
+    assert history.failures[0]["failure"]["reason"].startswith("3 attempts ended so; the last one: killed by SIGSEGV")
+    doubles.assert_sound(run)
+
+
+def test_workers_that_died_with_the_coordinator_before_are_no_misfortune(run: Path) -> None:
+    """Else a run of many workers could not go on with few."""
+    many = doubles.config(search={"mode": "steady_state"}, cluster={"workers": 16})
+    made = doubles.start(run, many, doubles.FakeBackend(run, lambda task: "hang" if task["child"] > 3 else None))
+    for _ in range(30):
+        made._turn()
+    assert len(made._crews) == 16
+    made._journal.close()  # killed, and every worker with it
+    notes = doubles.Notes()
+    few = doubles.config(search={"mode": "steady_state"}, cluster={"workers": 1})
+    assert doubles.search(run, few, notes=notes).state.complete
+    assert len(notes.about("died")) > 3
     doubles.assert_sound(run)
 
 
@@ -689,6 +743,31 @@ def test_a_paused_coordinator_that_wakes_changes_nothing(run: Path) -> None:
     doubles.assert_sound(run)
 
 
+@pytest.mark.parametrize("step", ["_tidy", "_delete", "_complete"])
+def test_one_that_wakes_before_it_deletes_deletes_nothing(run: Path, step: str) -> None:
+    """What it knows of the run may be old: what nobody needed then may be needed now."""
+    backend = doubles.FakeBackend(run)
+    old = doubles.start(run, SETTINGS, backend)
+    real, taken, before = getattr(old, step), list[coordinator.Coordinator](), dict[str, bytes]()
+
+    def paused(*arguments: Any) -> Any:
+        if not taken and (step != "_delete" or any(arguments)):
+            taken.append(doubles.start(run, SETTINGS, doubles.FakeBackend(run)))
+            (run / "children/000/000099").mkdir(parents=True)
+            (run / "population.e0.h5").touch()
+            before.update(doubles.contents(run))
+        return real(*arguments)
+
+    setattr(old, step, paused)
+    with pytest.raises(coordinator.Superseded):
+        old.search()
+    old.close()
+    assert before and doubles.contents(run) == before and (run / "children/000/000099").exists()
+    taken[0].search()
+    taken[0].close()
+    doubles.assert_sound(run)
+
+
 @pytest.mark.parametrize("step", ["_commit", "_retire", "_ask", "_dispatch", "_write", "_seal"])
 def test_one_that_wakes_in_the_middle_of_a_turn_changes_nothing_that_counts(run: Path, step: str) -> None:
     """It writes into its own dead epoch at most; the successor's run is as if nothing had happened."""
@@ -778,11 +857,11 @@ def test_what_a_worker_says_right_before_it_dies_still_counts(run: Path) -> None
 def test_a_worker_learns_of_a_child_only_when_it_is_on_record(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, assigned = Crew.assign, []
 
-    def assign(crew: Crew, key: Any, task: Message) -> None:
+    def assign(crew: Crew, key: Any) -> None:
         history = doubles.load(run, SETTINGS).history
         assert any(one.id == key[1] and one.worker == crew.name for one in history.attempts[key[0]])
         assigned.append(key)
-        real(crew, key, task)
+        real(crew, key)
 
     monkeypatch.setattr(Crew, "assign", assign)
     doubles.search(run, SETTINGS)

@@ -20,7 +20,7 @@ from lemonade_hpc.run import journal, lease, owner, record, session
 from lemonade_hpc.run.journal import Journal, RecordError
 from lemonade_hpc.run.lease import Held
 from lemonade_hpc.run.record import History
-from lemonade_hpc.search import evolution
+from lemonade_hpc.search import evolution, pareto
 from lemonade_hpc.search.evolution import Child, Outcome, State
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -89,17 +89,26 @@ def test_events_fold_to_what_ask_and_tell_do(mode: str) -> None:
     assert history.release() == []
 
 
-def test_the_first_front_is_the_one_when_all_initial_networks_have_reported() -> None:
-    settings = doubles.config()
-    states, events = straight(settings, lambda number: False)
+@pytest.mark.parametrize("mode", ["generational", "steady_state"])
+@pytest.mark.parametrize("failed", [None, 1])
+def test_the_first_front_is_of_the_initial_networks_alone(mode: str, failed: int | None) -> None:
+    """In steady state children are asked, and told, before the last initial network has reported."""
+    settings = doubles.config(search={"mode": mode})
+    _, events = straight(settings, lambda number: number == failed)
     history = History(doubles.problem(settings))
-    for event, state in zip(events, states[1:], strict=True):
+    initial, early = pareto.Front.empty(2), 0
+    for event in events:
         history.apply(event)
-        if state.num_committed < state.num_initial:
+        told = event.get("outcome", {})
+        if "objectives" in told and told["child"] < history.state.num_initial:
+            cheap = events[0]["children"][told["child"]]["cheap"]
+            initial = pareto.insert(initial, told["child"], (told["objectives"]["val_error"], *cheap))
+        if any(number < history.state.num_initial for number in history.state.in_flight):
+            early += told.get("child", 0) >= history.state.num_initial
             assert history.initial_front is None
-        elif state.num_committed == state.num_initial:
-            first = state.front.values
-    assert history.initial_front.tolist() == first.tolist() != states[-1].front.values.tolist()
+    assert history.initial_front is not None and bool(early) == (mode == "steady_state")
+    assert history.initial_front.numbers == initial.numbers != history.state.front.numbers
+    assert history.initial_front.values.tolist() == initial.values.tolist()
 
 
 def test_attempts_are_counted_by_how_they_were_lost() -> None:

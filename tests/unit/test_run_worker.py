@@ -124,17 +124,26 @@ def test_an_attempt_sent_again_is_not_trained_again(desk: Desk) -> None:
     assert [message["outcome"]["attempt"] for message in desk.heard("outcome")] == ["e1a1", "e1a2"]
 
 
-def test_a_queued_child_that_is_revoked_is_not_trained(desk: Desk) -> None:
+def test_a_queued_child_that_is_revoked_is_returned_and_not_trained(desk: Desk) -> None:
     desk.words[0] = "hang"
     desk.send(task(0), task(1), task(2))
     desk.steps()
     desk.send({"do": "revoke", "child": 1, "attempt": "e1a1"})
     desk.steps()
-    desk.words.clear()
-    desk.send({"do": "revoke", "child": 0, "attempt": "e1a1"})
+    assert desk.heard("returned") == [{"say": "returned", "child": 1, "attempt": "e1a1"}]
+    desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
     desk.steps(3)
-    assert [message["outcome"]["child"] for message in desk.heard("outcome")] == [2]
-    assert [trainer.killed for trainer in desk.trainers] == [True, False]
+    assert [message["outcome"]["child"] for message in desk.heard("outcome")] == [0, 2]
+
+
+def test_a_child_in_training_that_is_revoked_stays(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    desk.steps()
+    desk.send({"do": "revoke", "child": 0, "attempt": "e1a1"})
+    desk.steps()
+    assert desk.heard("returned") == [] and not desk.trainers[0].killed
+    assert desk.worker._current == task(0)
 
 
 def test_a_revocation_of_another_attempt_changes_nothing(desk: Desk) -> None:
@@ -143,7 +152,7 @@ def test_a_revocation_of_another_attempt_changes_nothing(desk: Desk) -> None:
     desk.steps()
     desk.send({"do": "revoke", "child": 0, "attempt": "e1a9"}, {"do": "revoke", "child": 1, "attempt": "e1a9"})
     desk.steps()
-    assert not desk.trainers[0].killed
+    assert desk.heard("returned") == []
     assert len(desk.worker._queue) == 1
 
 
@@ -248,14 +257,6 @@ def test_stop_ends_at_once(desk: Desk) -> None:
     assert bye(desk) == "stopped by the coordinator" and desk.trainers[0].killed
 
 
-def test_leave_ends_after_the_work(desk: Desk) -> None:
-    desk.send({"do": "leave"}, task(0), task(1))
-    assert not desk.steps(5)
-    assert len(desk.heard("outcome")) == 2
-    desk._reader = LogReader(desk.run / files.done_log(NAME))
-    assert bye(desk) == "no more work"
-
-
 def test_a_signal_ends_at_once(desk: Desk) -> None:
     desk.words[0] = "hang"
     desk.send(task(0))
@@ -323,17 +324,6 @@ def test_a_new_coordinator_is_followed(desk: Desk) -> None:
     assert desk.steps(4)
     assert [message["outcome"]["child"] for message in desk.heard("outcome")] == [0, 2, 3]
     assert len(desk.trainers) == 1
-
-
-def test_a_new_coordinator_undoes_leave(desk: Desk) -> None:
-    desk.words[0] = "hang"
-    desk.send(task(0), {"do": "leave"})
-    desk.steps()
-    desk.mailbox.close()
-    desk.open_epoch()
-    desk.steps()
-    desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
-    assert desk.steps(3)
 
 
 def test_a_new_coordinator_without_a_mailbox_for_it_has_given_it_up(desk: Desk) -> None:
