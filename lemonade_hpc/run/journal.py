@@ -39,10 +39,10 @@ class Journals:
         return (self.epochs[-1][0], self.epochs[-1][1][-1][0]) if self.epochs else (0, "")
 
 
-def read(run: Path) -> Journals:
-    """Read all epochs that count; raises RecordError for what both copies of a journal have lost."""
+def read(run: Path, newest: int | None = None) -> Journals:
+    """Read all epochs that count, or those up to `newest`; raises RecordError for what both copies have lost."""
     found = Journals([], [], {})
-    newest = wanted = max(files.epochs(run), default=0)
+    newest = wanted = max(files.epochs(run), default=0) if newest is None else newest
     until: str | None = None
     while wanted:
         folder = run / files.epoch_folder(wanted)

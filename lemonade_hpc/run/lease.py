@@ -28,6 +28,10 @@ class Held(ConfigError):  # noqa: N818
     """Another coordinator holds the run. Exit code 2."""
 
 
+class Behind(Held):
+    """The record has grown since it was read, by a coordinator that has ended since: read it again."""
+
+
 def read_owner(run: Path, epoch: int) -> dict[str, Any]:
     """Who holds an epoch, since when, with which configuration; raises RecordError."""
     path = run / files.owner(epoch)
@@ -38,15 +42,19 @@ def read_owner(run: Path, epoch: int) -> dict[str, Any]:
     return content
 
 
-def open_epoch(
-    run: Path, config: Config, loaded: Loaded, workers: Iterable[str], *, take_over: bool
-) -> tuple[int, Journal]:
-    """Become the run's coordinator: the new epoch's number and journal.
+def open_epoch(run: Path, config: Config, loaded: Loaded, workers: Iterable[str], *, take_over: bool) -> Journal:
+    """Become the run's coordinator: the journal of the new epoch.
 
     The epoch's folder, with owner, journal and the mailboxes of adopted `workers`, is made aside and renamed into
-    place, which is atomic and fails if another coordinator was faster. Raises Held if the run is another's.
+    place, which is atomic and fails if another coordinator was faster. What the last coordinator wrote after `loaded`
+    was read would be void, though it may have deleted weights on its strength: so that must be nothing, seen when it
+    was known to be gone or, where a person says so (`take_over`), again once it can delete nothing more.
+
+    Raises Held if the run is another's, Behind where `loaded` is not all there is.
     """
     check_free(run, take_over=take_over)
+    if journal.read(run).end != (loaded.epoch, loaded.link):
+        raise _at_work(run) if take_over else Behind(f"{run}: another coordinator has just written to its journal")
     number = loaded.epoch + 1
     aside = run / files.EPOCHS / f"{files.TEMPORARY}{uuid.uuid4().hex}"
     try:
@@ -55,8 +63,6 @@ def open_epoch(
         raise ConfigError(f"{aside.parent}: no permission to write there") from error
     try:
         link = _prepare(run, aside, number, config, loaded, workers)
-        if take_over:
-            _check_silent(run, loaded)
         os.rename(aside, run / files.epoch_folder(number))
     except Exception as error:
         beaten = (run / files.epoch_folder(number)).exists() or not aside.exists()  # the winner may have tidied up
@@ -65,11 +71,15 @@ def open_epoch(
             check_free(run, take_over=False)
             raise Held(f"{run}: another coordinator has just started") from error
         raise
+    if take_over and journal.read(run, loaded.epoch).end != (loaded.epoch, loaded.link):
+        os.rename(run / files.epoch_folder(number), aside)
+        shutil.rmtree(aside)
+        raise _at_work(run)
     for folder in (run / files.EPOCHS, run):
         files.sync_folder(folder)
     for path, content in loaded.mended.items():
         files.write(path, content)
-    return number, Journal(run, number, link)
+    return Journal(run, number, link)
 
 
 def _prepare(run: Path, aside: Path, number: int, config: Config, loaded: Loaded, workers: Iterable[str]) -> str:
@@ -120,10 +130,5 @@ def check_free(run: Path, *, take_over: bool) -> None:
         )
 
 
-def _check_silent(run: Path, loaded: Loaded) -> None:
-    """Refuse to take over from a coordinator that has written since the record was read: it is alive.
-
-    Its new lines would be void, though it may have deleted weights on their strength.
-    """
-    if journal.read(run).end != (loaded.epoch, loaded.link):
-        raise Held(f"{run}: its coordinator is at work: it has just written to its journal. Stop it first")
+def _at_work(run: Path) -> Held:
+    return Held(f"{run}: its coordinator is at work: it has just written to its journal. Stop it first")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,14 +40,17 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     config = resolve(config, data.shape)
     try:
         fixed = _prepare(config, data, run)
-        loaded = record.load(run, fixed)
+        journal = None
+        while journal is None:
+            loaded = record.load(run, fixed)
+            history = loaded.history
+            if _nothing_to_do(run, loaded):
+                return history
+            names = sorted({*_living(run), *_owing(history)})
+            with suppress(lease.Behind):
+                journal = lease.open_epoch(run, config, loaded, names, take_over=take_over)
         for text in loaded.warnings:
             observer.note(text)
-        history = loaded.history
-        if _nothing_to_do(run, loaded):
-            return history
-        names = sorted({*_living(run), *_owing(history)})
-        epoch, journal = lease.open_epoch(run, config, loaded, names, take_over=take_over)
         coordinator = Coordinator(run, config, history, journal, _backend(run, config), observer)
         with _signals(coordinator):
             try:

@@ -204,7 +204,7 @@ def start(
     fixed = session._prepare(settings, images(), run)
     loaded = record.load(run, fixed)
     names = sorted({*session._living(run), *session._owing(loaded.history)})
-    _, journal = lease.open_epoch(run, settings, loaded, names, take_over=True)
+    journal = lease.open_epoch(run, settings, loaded, names, take_over=True)
     made = coordinator.Coordinator(run, settings, loaded.history, journal, backend, notes or Notes())
     made.adopt(names)
     return made

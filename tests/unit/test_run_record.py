@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ from lemonade_hpc.search.evolution import Child, Outcome, State
 sys.path.insert(0, str(Path(__file__).parent))
 
 import run_doubles as doubles  # noqa: E402
+
+LATE = {"event": "sealed", "children": [0, 0], "file": "late", "sha256": ""}
 
 
 def outcome_of(child: Child, failed: bool = False) -> dict[str, Any]:
@@ -195,7 +198,7 @@ SETTINGS = doubles.config()
 
 def open_next(run: Path, *, take_over: bool = False, workers: tuple[str, ...] = ()) -> Journal:
     loaded = doubles.load(run, SETTINGS)
-    return lease.open_epoch(run, SETTINGS, loaded, workers, take_over=take_over)[1]
+    return lease.open_epoch(run, SETTINGS, loaded, workers, take_over=take_over)
 
 
 def lives(run: Path, num_epochs: int, per_epoch: int = 4) -> list[dict[str, Any]]:
@@ -459,6 +462,38 @@ def test_a_coordinator_that_writes_cannot_be_taken_over(run: Path) -> None:
     writing.close()
 
 
+def test_one_that_writes_while_it_is_taken_over_keeps_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says between the last look and the rename would be void, and it may have deleted weights since."""
+    lives(run, 1)
+    writing, rename = open_next(run), os.rename
+    loaded = doubles.load(run, SETTINGS)
+
+    def slow(old: Path, new: Path) -> None:
+        if new.name == "000003":
+            writing.append([LATE])
+        rename(old, new)
+
+    monkeypatch.setattr(lease.os, "rename", slow)
+    with pytest.raises(Held, match="its coordinator is at work"):
+        lease.open_epoch(run, SETTINGS, loaded, (), take_over=True)
+    assert [path.name for path in sorted((run / files.EPOCHS).iterdir())] == ["000001", "000002"]
+    assert in_effect(run)[-1] == LATE
+    writing.close()
+
+
+def test_what_was_recorded_after_the_record_was_read_is_not_lost(run: Path) -> None:
+    """The coordinator before ended in between: its last lines would be void without a word."""
+    lives(run, 1)
+    writing, loaded = open_next(run), doubles.load(run, SETTINGS)
+    writing.append([LATE])
+    writing.close()  # gone
+    with pytest.raises(lease.Behind, match="another coordinator has just written"):
+        lease.open_epoch(run, SETTINGS, loaded, (), take_over=False)
+    assert in_effect(run)[-1] == LATE
+    lease.open_epoch(run, SETTINGS, doubles.load(run, SETTINGS), (), take_over=False).close()
+    assert files.epochs(run) == [1, 2, 3]
+
+
 def test_of_racing_threads_exactly_one_wins(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lives(run, 1)
     loaded = doubles.load(run, SETTINGS)
@@ -469,7 +504,7 @@ def test_of_racing_threads_exactly_one_wins(run: Path, monkeypatch: pytest.Monke
             loaded = doubles.load(run, SETTINGS)
             gate.wait()
             try:
-                won.append(lease.open_epoch(run, SETTINGS, loaded, (), take_over=False)[1])
+                won.append(lease.open_epoch(run, SETTINGS, loaded, (), take_over=False))
             except Held as error:
                 lost.append(error)
 

@@ -14,10 +14,10 @@ import pytest
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, to_dict
-from lemonade_hpc.run import owner, session
+from lemonade_hpc.run import owner, record, session
 from lemonade_hpc.run.coordinator import Coordinator, Stopped
 from lemonade_hpc.run.lease import Held
-from lemonade_hpc.run.log import LogWriter
+from lemonade_hpc.run.log import LogWriter, Message
 from lemonade_hpc.search import evolution
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -238,6 +238,38 @@ def test_what_may_change_is_accepted_in_the_middle_of_a_run(run: Path, change: d
     newest = json.loads((run / files.owner(2)).read_text())
     assert newest["config"] == to_dict(doubles.config(**change))
     assert json.loads((run / files.RUN).read_text())["config"] == to_dict(SETTINGS)
+    doubles.assert_sound(run)
+
+
+def test_what_the_coordinator_before_commits_while_the_record_is_read_counts(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends between the reading of the record and the lease, as with a successor that waits for its end."""
+    settings = doubles.config(search={"mode": "steady_state", "children": 40})
+    before = doubles.start(run, settings, doubles.FakeBackend(run))
+    for _ in range(5):
+        before._turn()
+    load, committed, trained = record.load, set[int](), set[int]()
+
+    def slow(*arguments: Any) -> record.Loaded:
+        loaded = load(*arguments)
+        if not committed:
+            committed.add(0)
+            for _ in range(15):
+                before._turn()
+            before.close()
+            committed.update(e["outcome"]["child"] for e in doubles.events(run, settings, "committed"))
+        return loaded
+
+    def behave(task: Message) -> None:
+        trained.add(task["child"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.record, "load", slow)
+        history = doubles.search(run, settings, behave)
+    assert history.state.complete and 5 < len(committed) < 40
+    assert not committed & trained
+    assert files.epochs(run) == [1, 2]
     doubles.assert_sound(run)
 
 

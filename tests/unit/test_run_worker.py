@@ -57,10 +57,10 @@ class Desk:
     def open_epoch(self, *, with_mailbox: bool = True) -> None:
         loaded = doubles.load(self.run, SETTINGS)
         workers = (NAME,) if with_mailbox else ()
-        epoch, journal = lease.open_epoch(self.run, SETTINGS, loaded, workers, take_over=True)
+        journal = lease.open_epoch(self.run, SETTINGS, loaded, workers, take_over=True)
         journal.close()
         if with_mailbox:
-            self.mailbox = LogWriter(self.run / files.assigned_log(epoch, NAME))
+            self.mailbox = LogWriter(self.run / files.assigned_log(journal.epoch, NAME))
 
     def send(self, *messages: Message) -> None:
         self.mailbox.append(messages)
