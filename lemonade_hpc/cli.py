@@ -66,21 +66,25 @@ def search(
     take_over: Annotated[bool, typer.Option("--take-over", help="the last coordinator is known to be gone")] = False,
 ) -> None:
     """Start, continue or recover a search: the same command every time."""
-    settings = config.load(source)
-
-    from lemonade_hpc.run import session
-    from lemonade_hpc.run.coordinator import Stopped, Superseded
-    from lemonade_hpc.view import tables
-    from lemonade_hpc.view.progress import ProgressView
-
-    folder = run if run is not None else Path(Path(source).stem)
+    words = ["lemonade-hpc", "search", source, *(["--run", str(run)] if run is not None else [])]
+    on = f"Nothing is lost. To go on: {shlex.join(words)}"
     try:
-        with ProgressView(tables.console(stderr=True)) as view:
-            session.search(settings, folder, view, take_over=take_over)
-    except (Stopped, KeyboardInterrupt) as stop:
-        words = ["lemonade-hpc", "search", source, *(["--run", str(run)] if run is not None else [])]
-        on = "" if isinstance(stop, Superseded) else f" Nothing is lost. To go on: {shlex.join(words)}"
-        typer.echo(f"{str(stop) or 'interrupted'}.{on}", err=True)
+        settings = config.load(source)
+
+        from lemonade_hpc.run import session
+        from lemonade_hpc.run.coordinator import Stopped, Superseded
+        from lemonade_hpc.view import tables
+        from lemonade_hpc.view.progress import ProgressView
+
+        folder = run if run is not None else Path(Path(source).stem)
+        try:
+            with ProgressView(tables.console(stderr=True)) as view:
+                session.search(settings, folder, view, take_over=take_over)
+        except Stopped as stop:
+            typer.echo(f"{stop}." if isinstance(stop, Superseded) else f"{stop}. {on}", err=True)
+            raise typer.Exit(STOPPED) from None
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted. {on}", err=True)
         raise typer.Exit(STOPPED) from None
     _show_result(folder)
 
@@ -186,23 +190,37 @@ def _exclusive(**options: bool) -> None:
 
 
 @app.command()
-def test(run: Run, as_json: Json = False) -> None:
+def test(
+    run: Run,
+    root: Annotated[str | None, typer.Option("--root", help="where the data is now, if not at data.root")] = None,
+    as_json: Json = False,
+) -> None:
     """Measure the front on the test images, on which nothing else is measured."""
     from lemonade_hpc import data as data_sets
     from lemonade_hpc.run import status
     from lemonade_hpc.view import tables
 
     content, fixed, loaded = status.read(run)
-    if data_sets.load(fixed.config.data).checksum != content["data"]["checksum"]:
-        raise config.ConfigError(f"{run}: was started with other data than data.name gives now (checksum differs)")
-    members = status.front(loaded.history)
+    source = fixed.config.data if root is None else fixed.config.data.model_copy(update={"root": root})
+    try:
+        checksum = data_sets.load(source).checksum
+    except config.ConfigError as error:
+        raise config.ConfigError(f"{run}: its data cannot be read; say by --root where it is now. {error}") from error
+    if checksum != content["data"]["checksum"]:
+        where = source.root or source.name
+        raise config.ConfigError(f"{run}: was started with other data than {where} gives now (checksum differs)")
+    while True:
+        members = status.front(loaded.history)
+        stored = [part for m in members for part in (m["weights"]["path"], m["weights"]["sha256"])]
+        command = [sys.executable, "-m", "lemonade_hpc.learn.members", str(run), source.model_dump_json(), *stored]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        before, (content, fixed, loaded) = (loaded.epoch, loaded.link), status.read(run)
+        if done.returncode == 0:
+            break
+        if before == (loaded.epoch, loaded.link):  # else a search has gone on, and deleted what left the front
+            typer.echo(f"{done.stderr}error: the test errors could not be measured, see above", err=True)
+            raise typer.Exit(FAILED)
     count = content["data"]["num_test"]
-    stored = [part for m in members for part in (m["weights"]["path"], m["weights"]["sha256"])]
-    command = [sys.executable, "-m", "lemonade_hpc.learn.members", str(run), *stored]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        typer.echo(f"{done.stderr}error: the test errors could not be measured, see above", err=True)
-        raise typer.Exit(FAILED)
     errors = dict(zip((m["id"] for m in members), json.loads(done.stdout), strict=True))
     if as_json:
         rows = [{"id": id_, "test_error": error, "num_test": count} for id_, error in errors.items()]
@@ -260,6 +278,8 @@ def _exit_code(error: Exception) -> int | None:
     from lemonade_hpc.run.record import RecordError
     from lemonade_hpc.run.store import StoreError
 
+    if isinstance(error, PermissionError):
+        return WRONG_INPUT
     return FAILED if isinstance(error, (RunFailed, RecordError, StoreError, OSError)) else None
 
 
@@ -274,7 +294,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = _exit_code(error)
         if code is None:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {files.in_words(error) if isinstance(error, OSError) else error}", err=True)
         sys.exit(code)
     sys.exit(DONE)
 

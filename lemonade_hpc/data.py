@@ -271,7 +271,8 @@ def _npz(data: Data) -> _Raw:
     """Read a file as `numpy.savez` writes it. Arrays of objects are never read: they could run code."""
     path = os.path.expanduser(data.root or "")
     if not os.path.isfile(path):
-        raise ConfigError(f"data.root: got {data.root!r}, not a file; npz needs one that holds {_KEYS_ALLOWED}")
+        got = f"got {data.root!r}, not a file (seen from {Path.cwd()})" if data.root else "not given"
+        raise ConfigError(f"data.root: {got}; npz needs a file that holds {_KEYS_ALLOWED}")
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("no zip archive")
@@ -332,6 +333,10 @@ def _checked_images(where: str, given: object) -> Images:
     if images.ndim != 4 or images.size == 0 or images.shape[3] > MAX_CHANNELS:
         allowed = f"(N, H, W) or (N, H, W, C), none of them 0, C at most {MAX_CHANNELS}"
         raise ConfigError(f"{where} has the shape {given.shape}; expected {allowed}")
+    if images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        raise ConfigError(
+            f"{where} has the shape {given.shape}: channels first? Expected (N, H, W, C): np.moveaxis(x, 1, 3)"
+        )
     return np.moveaxis(images, 3, 1)
 
 
@@ -341,7 +346,9 @@ def _checked_labels(where: str, given: object, count: int, limit: int) -> Labels
         raise ConfigError(f"{where} is {_describe(given)}; expected integers of shape ({count},), one per image")
     for label in (given.min(), given.max()):
         if not 0 <= label < limit:
-            raise ConfigError(f"{where} holds {label}; here labels are 0..K-1, every class in train, below {limit}")
+            raise ConfigError(
+                f"{where} holds the label {label}; for K classes, allowed are 0..K-1, each present in train"
+            )
     return given.astype(np.int64)
 
 

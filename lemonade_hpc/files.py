@@ -96,7 +96,8 @@ def make_folder(path: Path) -> None:
 def write(path: Path, content: bytes, *, new: bool = False) -> None:
     """Write a whole file durably: readers see the old one or the new one, never a part. Raises OSError.
 
-    `new`: one that exists stays as it is, and FileExistsError is raised; of two who try, one succeeds.
+    `new`: one that exists stays as it is, and FileExistsError is raised; of two who try, one succeeds. An error names
+    the file.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
@@ -108,6 +109,9 @@ def write(path: Path, content: bytes, *, new: bool = False) -> None:
             os.link(temporary, path)
         else:
             os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -120,6 +124,11 @@ def remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def in_words(error: OSError) -> str:
+    """`path: No space left on device`."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error.strerror or str(error)
 
 
 def write_json(path: Path, value: Any, *, new: bool = False) -> None:

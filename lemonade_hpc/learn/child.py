@@ -80,7 +80,8 @@ def open_lab(run: Path, owner: Path) -> Lab:
     config = from_dict(json.loads(owner.read_text())["config"], str(owner))
     data = data_sets.load(config.data)
     if data.checksum != identity["data"]["checksum"]:
-        raise ConfigError(f"data {config.data.name}: not the data this run was started with (checksum differs)")
+        source = config.data.root or config.data.name
+        raise ConfigError(f"{source}: not the data that this run was started with (checksum differs)")
     device = _device(config.cluster.device)
     deterministic = bool(config.training.deterministic)
     torch.set_num_threads(1 if deterministic else config.cluster.cpus_per_worker)
@@ -126,7 +127,7 @@ def train_child(lab: Lab, task: dict[str, Any], progress: Callable[[int], None] 
     except OSError as trouble:
         if trouble.errno not in files.STORAGE_ERRORS:
             raise
-        return {"storage": f"child {task['child']}: {trouble}"}
+        return {"storage": f"child {task['child']}: {files.in_words(trouble)}"}
     except (Diverged, OutOfTolerance, ParentDamaged) as fault:
         outcome |= {"failure": {"kind": type(fault).__name__, "reason": str(fault)}}
     seconds = time.perf_counter() - started
@@ -178,9 +179,12 @@ def _network(lab: Lab, graph: graphs.Graph, weights: Weights) -> Network:
 
 
 def _read(lab: Lab, stored: dict[str, Any]) -> Weights:
-    """Read the weights that an outcome names; raises ParentDamaged where the file is not what was stored."""
+    """Read the weights that an outcome names; raises ParentDamaged where the file is gone or not what was stored."""
     path = lab.run / stored["path"]
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ParentDamaged(f"{path}: is gone") from error
     if files.sha256(content) != stored["sha256"]:
         raise ParentDamaged(f"{path}: damaged or replaced, its sha256 is not {stored['sha256']}")
     return {name: value.to(lab.device) for name, value in load(content).items()}
@@ -256,7 +260,10 @@ def main(run: str, owner: str) -> None:
     os.dup2(2, 1)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
-    lab = open_lab(Path(run), Path(owner))
+    try:
+        lab = open_lab(Path(run), Path(owner))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     print(json.dumps({"ready": _device_name(lab.device)}), file=out)
     while True:
         task = json.loads(inbox.get())

@@ -40,7 +40,9 @@ class Member(nn.Module):
         self.register_buffer("std", std_1C11)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, K)."""
+        """Logits (B, K). Raises ValueError for images of another shape than (B, C, H, W), C as in training."""
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.mean.shape[1]:
+            raise ValueError(f"images have the shape {tuple(x_BCHW.shape)}; expected (B, {self.mean.shape[1]}, H, W)")
         logits_BK: Tensor = self.network((x_BCHW.float() - self.mean) / self.std)
         return logits_BK
 
@@ -61,10 +63,18 @@ def encode(network: Network, graph: Graph, signature: Signature, data: Images) -
 
 
 def load(path: str | Path) -> Member:
-    """A stored network, ready to use, in evaluation mode; `path` as `front --json` gives it, inside the run folder."""
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()[KEY])
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    """A stored network, ready to use, in evaluation mode; `path` as `front --json` gives it, inside the run folder.
+
+    Raises FileNotFoundError, or ValueError for a file that holds no stored network.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; `lemonade-hpc front DIR --json` names those of the front")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[KEY])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: not a network that a search has stored ({error})") from error
     graph = graphs.from_json(about["graph"])
     network = build(graph, Signature(tuple(about["image"]), about["num_classes"]), weights)
     mean, std = (torch.tensor(about[name])[None, :, None, None] for name in ("mean", "std"))
@@ -75,7 +85,7 @@ class Damaged(ValueError):  # noqa: N818
     """A file of weights is not the one that was stored."""
 
 
-def evaluate(run: Path, stored: dict[str, str]) -> list[float]:
+def evaluate(run: Path, data_from: configs.Data, stored: dict[str, str]) -> list[float]:
     """Test error of stored networks of a run, as a share of the test images; `stored`: their paths and checksums.
 
     Raises ConfigError for other data, Damaged for a file that is not what its checksum says.
@@ -83,21 +93,23 @@ def evaluate(run: Path, stored: dict[str, str]) -> list[float]:
     for path, sha256 in stored.items():
         if files.sha256((run / path).read_bytes()) != sha256:
             raise Damaged(f"{run / path}: damaged or replaced, its SHA-256 is not the one in the record")
-    identity = json.loads((run / files.RUN).read_text())
-    data = data_sets.load(configs.from_dict(identity["config"], str(run / files.RUN)).data)
-    if data.checksum != identity["data"]["checksum"]:
-        raise configs.ConfigError(f"data {data.name}: not the data this run was started with (checksum differs)")
+    data = data_sets.load(data_from)
+    if data.checksum != json.loads((run / files.RUN).read_text())["data"]["checksum"]:
+        source = data_from.root or data_from.name
+        raise configs.ConfigError(f"{source}: not the data that {run} was started with (checksum differs)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     test = place(data, data.test, device)
     return [error(load(run / path).network.to(device), test) for path in stored]
 
 
 def main(arguments: list[str]) -> None:
-    """`members RUN PATH SHA256 ...`: one JSON list of test errors on standard output."""
+    """`members RUN DATA PATH SHA256 ...`, DATA the configuration's section: prints a JSON list of test errors."""
+    run, data, *stored = arguments
     torch.set_num_threads(1)
     try:
-        print(json.dumps(evaluate(Path(arguments[0]), dict(zip(arguments[1::2], arguments[2::2], strict=True)))))
-    except (configs.ConfigError, Damaged, Diverged, OSError, SafetensorError) as problem:
+        data_from = configs.Data.model_validate_json(data)
+        print(json.dumps(evaluate(Path(run), data_from, dict(zip(stored[::2], stored[1::2], strict=True)))))
+    except (ValueError, Diverged, OSError) as problem:
         sys.exit(f"error: {problem}")
 
 

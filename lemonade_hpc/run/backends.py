@@ -87,32 +87,42 @@ class LocalBackend:
         self._cluster = cluster
         self._jobs: dict[str, Any] = {}
         self._known: dict[str, dict[str, Any]] = {}
-        self._num_launched = 0
+        self._gpus: dict[str, str | None] = {}
 
     def launch(self, name: str) -> None:
         """Start a worker that ignores Ctrl-C: the coordinator tells it when to leave.
 
-        submitit's local jobs default to no GPU, 5 minutes, and the caller's process group; all three are overridden.
+        submitit's local jobs default to 5 minutes, no GPU, and the caller's process group: the first is overridden
+        here, the others by the worker itself, for submitit knows GPUs by index only.
         """
         from submitit import LocalExecutor
 
         executor = LocalExecutor(folder=self._run / files.WORKERS / name / "job")
-        gpus = _visible_gpus() if self._cluster.device != "cpu" else []
-        visible = [gpus[self._num_launched % len(gpus)]] if gpus else []
-        self._num_launched += 1
-        executor.update_parameters(timeout_min=10 * 365 * 24 * 60, gpus_per_node=len(visible), visible_gpus=visible)
+        executor.update_parameters(timeout_min=10 * 365 * 24 * 60)
+        self._gpus[name] = gpu = self._free_gpu()
         old_threads = {key: os.environ.get(key) for key in THREAD_LIMITS}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit the mask
         try:
             os.environ.update(dict.fromkeys(THREAD_LIMITS, str(self._cluster.cpus_per_worker)))
-            self._jobs[name] = executor.submit(worker.serve, str(self._run), name)
+            self._jobs[name] = executor.submit(worker.serve, str(self._run), name, gpu)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for key, value in old_threads.items():
                 os.environ.pop(key) if value is None else os.environ.update({key: value})
 
+    def _free_gpu(self) -> str | None:
+        """The GPU that the fewest living workers have, as CUDA_VISIBLE_DEVICES names it; None: as torch finds it."""
+        if self._cluster.device == "cpu":
+            return ""
+        gpus = visible_gpus()
+        if not gpus:
+            return os.environ.get("CUDA_VISIBLE_DEVICES")
+        taken = [gpu for name, gpu in self._gpus.items() if self.alive(name)]
+        return min(gpus, key=taken.count)
+
     def adopt(self, name: str, who: dict[str, Any]) -> None:  # noqa: D102
         self._known[name] = who
+        self._gpus.setdefault(name, who.get("gpu"))
 
     def alive(self, name: str) -> bool:  # noqa: D102
         if name in self._jobs:
@@ -154,10 +164,18 @@ class LocalBackend:
             self.kill(name)
 
 
-def _visible_gpus() -> list[int]:
-    """Indices of this machine's NVIDIA GPUs that this process may use; asked without loading CUDA."""
+def visible_gpus() -> list[str]:
+    """List the NVIDIA GPUs of this machine that this process may use, by index or UUID; asked without loading CUDA."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is not None:
-        return [int(part) for part in allowed.split(",") if part.strip().isdigit()]
+        return [part.strip() for part in allowed.split(",") if part.strip() not in ("", "-1")]
     folder = Path("/proc/driver/nvidia/gpus")
-    return list(range(len(list(folder.iterdir())))) if folder.is_dir() else []
+    return [str(index) for index in range(len(list(folder.iterdir())))] if folder.is_dir() else []
+
+
+def may_have_gpu() -> bool:
+    """Whether a worker here may find a GPU: False only where there is none for sure."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        return bool(visible_gpus())
+    devices = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, WSL, AMD
+    return any(Path(path).exists() for path in devices)

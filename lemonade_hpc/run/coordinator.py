@@ -196,7 +196,10 @@ class Coordinator:
         if state.num_asks and not state.members and not state.in_flight:
             reasons = "; ".join(f"child {o['child']}: {o['failure']['reason']}" for o in self.history.failures)
             self._write()
-            raise RunFailed(f"no initial network is valid, so there is nothing to start from: {reasons}")
+            raise RunFailed(
+                f"no initial network is valid, so there is nothing to start from: {reasons}. Their outcomes are final: "
+                f"mend the cause and give another --run folder"
+            )
 
     # ------------------------------------------------------------ losses
 

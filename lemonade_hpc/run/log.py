@@ -55,7 +55,8 @@ class LogWriter:
                 written += os.write(self._file, content[written:])
             if durable:
                 os.fsync(self._file)
-        except OSError:
+        except OSError as error:
+            error.filename = str(self.path)
             with contextlib.suppress(OSError):  # a read-only file system: the torn line fails its check
                 os.ftruncate(self._file, self._size)
             raise

@@ -17,7 +17,7 @@ from typing import Any
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
-from lemonade_hpc.run import lease, owner, population, record
+from lemonade_hpc.run import backends, lease, owner, population, record
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
 from lemonade_hpc.run.log import LogReader
@@ -26,8 +26,8 @@ from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
 from lemonade_hpc.search.ops import Signature
 
-MAY_CHANGE = ("cluster", "storage", "search.children")
-"""Keys that may differ when a run goes on: its numbers stay comparable."""
+MAY_CHANGE = ("cluster", "storage", "search.children", "data.root")
+"""Keys that may differ when a run goes on: its numbers stay comparable. What data.root leads to must be the same."""
 
 
 def search(config: Config, run: Path, observer: Observer, *, take_over: bool = False) -> History:
@@ -36,6 +36,8 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     Raises ConfigError (the user's input, nothing was written), RunFailed, RecordError or StoreError (exit code 1),
     Stopped (the same call goes on).
     """
+    if config.cluster.device == "cuda" and not backends.may_have_gpu():
+        raise ConfigError("cluster.device: got cuda, but this machine has no GPU; allowed: auto, cpu, cuda")
     data = data_sets.load(config.data)
     config = resolve(config, data.shape)
     try:
@@ -45,11 +47,13 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
             loaded = record.load(run, fixed)
             history = loaded.history
             if _nothing_to_do(run, loaded):
+                for text in _overspent(history):
+                    observer.note(text)
                 return history
             names = sorted({*_living(run), *_owing(history)})
             with suppress(lease.Behind):
                 journal = lease.open_epoch(run, config, loaded, names, take_over=take_over)
-        for text in loaded.warnings:
+        for text in (*loaded.warnings, *_overspent(history)):
             observer.note(text)
         coordinator = Coordinator(run, config, history, journal, _backend(run, config), observer)
         with _signals(coordinator):
@@ -61,8 +65,15 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     except OSError as error:
         if error.errno not in files.STORAGE_ERRORS:
             raise
-        raise Stopped(f"cannot write: {error}") from error
+        raise Stopped(f"cannot write: {files.in_words(error)}") from error
     return history
+
+
+def _overspent(history: History) -> Iterator[str]:
+    """Say it where the budget was lowered below what has been asked."""
+    budget, asked = history.state.problem.config.search.children, history.state.num_asked - history.state.num_initial
+    if asked > budget:
+        yield f"search.children is {budget}, but {asked} children have been asked: they stay, no more will be"
 
 
 def _nothing_to_do(run: Path, loaded: Loaded) -> bool:
@@ -83,6 +94,11 @@ def _prepare(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
         raise ConfigError(str(error)) from error
     if run.exists() and (not run.is_dir() or any(not p.name.startswith(files.TEMPORARY) for p in run.iterdir())):
         raise ConfigError(f"{run}: exists and is not a run folder (it has no {files.RUN}); give another --run")
+    if ":" in config.data.name and data_sets.load(config.data).checksum != data.checksum:
+        raise ConfigError(
+            f"data.name: {config.data.name} gave other data when it was called again; every process calls it, and it "
+            f"must return the same arrays each time (seed what is random)"
+        )
     try:
         files.make_folder(run)
         files.write_json(run / files.RUN, record.identity(config, data, fixed), new=True)
@@ -109,13 +125,16 @@ def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run:
     before, now = _flat(content["config"]), _flat(to_dict(config))
     for key in sorted(before.keys() | now.keys()):
         if not key.startswith(MAY_CHANGE) and before.get(key) != now.get(key):
+            was = f"with {key} = {before[key]!r}" if key in before else f"without {key}"
+            is_ = f"it is {now[key]!r}" if key in now else "there is none"
             raise ConfigError(
-                f"{run}: was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}. A run keeps its "
+                f"{run}: was started {was}, now {is_}. A run keeps its "
                 f"settings, so that its numbers stay comparable; only {', '.join(MAY_CHANGE)} may change. "
                 f"Give another --run folder for another search"
             )
     if content["data"]["checksum"] != data.checksum:
-        raise ConfigError(f"{run}: was started with other data than {config.data.name} gives now (checksum differs)")
+        source = config.data.root or config.data.name
+        raise ConfigError(f"{run}: was started with other data than {source} gives now (checksum differs)")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

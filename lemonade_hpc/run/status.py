@@ -51,7 +51,7 @@ def front(history: History) -> list[dict[str, Any]]:
                 "edits": morphisms.to_json(child.edits),
                 "generation": child.generation,
                 "depth": child.depth,
-                "objectives": dict(zip(names, values, strict=True)),
+                "objectives": {n: int(v) if n in fixed.cheap else v for n, v in zip(names, values, strict=True)},
                 "receipt": outcome["receipt"],
                 "weights": outcome["weights"],
                 "network": graphs.describe(child.graph),
@@ -70,6 +70,10 @@ def status(run: Path) -> dict[str, Any]:
         "run": content["run"],
         "state": _life(run, history),
         "warnings": list(loaded.warnings),
+        "data": {
+            "name": content["config"]["data"]["name"],
+            **{key: content["data"][key] for key in ("num_train", "num_validation", "num_test")},
+        },
         "children": {
             "budget": fixed.config.search.children,
             "asked": state.num_asked,
@@ -114,10 +118,12 @@ def hypervolumes(history: History) -> dict[str, float | None]:
 
 
 def _life(run: Path, history: History) -> str:
-    """`complete`, `running (by whom)`, or `stopped`."""
-    numbers = files.epochs(run)
-    if history.state.complete and history.complete is not None:
+    """`complete`, `failed: why`, `running: by whom`, or `stopped`."""
+    numbers, state = files.epochs(run), history.state
+    if state.complete and history.complete is not None:
         return "complete"
+    if state.num_asks and not state.members and not state.in_flight:
+        return "failed: no initial network is valid; start again in another folder"
     if not numbers:
         return "not started"
     who = lease.read_owner(run, numbers[-1])["owner"]

@@ -183,7 +183,7 @@ class Worker:
         self._deadline = 0.0
         self._idle_since = self._beat_at = self._pulse_at = time.monotonic()
         self._pulse = -1
-        self._say("hello", **owner.identity())
+        self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), **owner.identity())
         self._follow()
 
     def step(self) -> bool:
@@ -326,8 +326,14 @@ class Worker:
         return False
 
 
-def serve(run: str, name: str) -> None:
-    """A worker's whole life, in its own process and session; what submitit calls."""
+def serve(run: str, name: str, gpu: str | None) -> None:
+    """A worker's whole life, in its own process and session; what submitit calls.
+
+    `gpu`: the CUDA_VISIBLE_DEVICES of its trainers; None leaves it to torch to find any.
+    """
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     with contextlib.suppress(PermissionError):  # already the leader of its session
         os.setsid()
     folder = Path(run)

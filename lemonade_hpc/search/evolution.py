@@ -144,7 +144,10 @@ def problem(config: Config, signature: Signature, majority_error: float) -> Prob
     if not _initial(made):
         allowed = ", ".join(f"{name} in [{least:g}, {most:g}]" for name, (least, most) in made.limits.items())
         given = "; ".join(", ".join(f"{n} {v:g}" for n, v in zip(names, size, strict=True)) for size in sizes)
-        raise ValueError(f"objectives: no initial network satisfies {allowed}; they have {given}")
+        least = (
+            f"{spaces.min_params(signature)} parameters are the least on images of this size, unless params has a min"
+        )
+        raise ValueError(f"objectives: no initial network satisfies {allowed}; they have {given} ({least})")
     return made
 
 

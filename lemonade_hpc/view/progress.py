@@ -52,7 +52,8 @@ class ProgressView:
     def update(self, history: History, workers: dict[str, str]) -> None:
         """Show the standing: after every commit, and every few seconds."""
         done = history.state.num_committed
-        total = history.state.num_initial + history.state.problem.config.search.children
+        budget = history.state.num_initial + history.state.problem.config.search.children
+        total = max(budget, history.state.num_asked)
         if self._console.is_terminal:
             self._draw(done, total, _standing(history))
             return

@@ -6,6 +6,7 @@ it is shown. Nothing printed is taken for markup: paths and error messages hold 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
@@ -34,7 +35,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     spread = Z_95**2 / count
     centre = (share + spread / 2) / (1 + spread)
     half = Z_95 / (1 + spread) * sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return (0.0 if share == 0 else low), (1.0 if share == 1 else high)  # exact where rounding would pass the share
 
 
 def error_text(share: float, count: int) -> str:
@@ -130,11 +132,15 @@ def front_table(
 
 
 def summary(data: Mapping[str, Any]) -> str:
-    """Write two lines on a run, `run.status.status` as given: children and hypervolume."""
-    children = data["children"]
+    """Write three lines on a run, `run.status.status` as given: data, children and hypervolume."""
+    children, images = data["children"], data["data"]
+    total = max(children["budget"] + children["initial"], children["asked"])
+    waiting = "in flight" if data["state"].startswith("running") else "to be trained again"
+    open_ = f", {children['in_flight']} {waiting}" if children["in_flight"] else ""
     return (
-        f"{children['committed']} of {children['budget'] + children['initial']} children done "
-        f"({children['initial']} initial), {children['failed']} failed, {children['in_flight']} in flight; "
+        f"{images['name']}: {images['num_train']:,} images to train on, {images['num_validation']:,} for validation, "
+        f"{images['num_test']:,} for test\n{children['committed']} of {total} children done "
+        f"({children['initial']} initial), {children['failed']} failed{open_}; "
         f"{seconds_text(data['training_s'])} of training\n{gain_text(data['hypervolume'])}"
     )
 
@@ -144,7 +150,7 @@ def status_view(data: Mapping[str, Any], num_validation: int) -> RenderableType:
     state = data["state"]
     advice = "; the same search command goes on" if state == "stopped" else ""
     parts: list[RenderableType] = [Text(state + advice, style="bold"), Text(summary(data))]
-    lost = {kind: count for kind, count in data["attempts_lost"].items() if count}
+    lost = {kind: count for kind, count in data["attempts_lost"].items() if count and kind != "stopped"}
     if lost:
         parts.append(Text("attempts lost: " + ", ".join(f"{kind} {count}" for kind, count in lost.items())))
     parts += [Text(f"warning: {text}", style="yellow") for text in data["warnings"]]
@@ -170,8 +176,17 @@ def checks_table(checks: Sequence[tuple[str, list[str]]]) -> Table:
     return table
 
 
+class _Stream(Console):
+    """A console that falls silent once nobody reads it: a log's reader that ends must not end a search."""
+
+    def on_broken_pipe(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
+
 def console(*, stderr: bool = False) -> Console:
     """Open a stream for tables, wide enough in a file that no line is broken; brackets and colons stay as they are."""
     plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
-    made = Console(**plain)
-    return made if made.is_terminal else Console(**plain, width=LOG_WIDTH)
+    made = _Stream(**plain)
+    return made if made.is_terminal else _Stream(**plain, width=LOG_WIDTH)

@@ -10,11 +10,12 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from lemonade_hpc.config import Config
+from lemonade_hpc.config import BY_SIZE, SMALL, Config
 
 OBJECTIVES = """\
 # Minimised: val_error, and at least one of params and macs (multiply-adds per image).
-# Those two take hard limits, as in {name: params, min: 1.0e4, max: 2.0e6}.
+# Those two take hard limits, as in {name: params, min: 1.0e4, max: 2.0e6}. Where params has no min, networks have
+# at least 10,000 parameters on images of 32 x 32 pixels, 312 on 8 x 8.
 objectives:
   - {name: val_error}
   - {name: params}
@@ -25,7 +26,7 @@ def template() -> str:
     """Write every key with its default, its choices and what it means. `config.load` reads it as the defaults."""
     parts: list[str] = [
         "# One search. Only `data` is required; every other line shows its default.\n"
-        "# The default of a line that is commented out follows the data set.\n"
+        f"# So do lines that are commented out, where it is fixed. Images below {SMALL} pixels a side are small.\n"
     ]
     for name, field in Config.model_fields.items():
         if name == "objectives":
@@ -41,8 +42,10 @@ def template() -> str:
 def _line(key: str, field: Any) -> str:
     """Write one key of a section."""
     value = "digits" if field.is_required() else field.default
-    shown = f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value).lower()
-    text = f"# {key}:" if value is None else f"{key}: {shown}"
+    small, default = BY_SIZE.get(key, (None, value))
+    shown = f"[{', '.join(value)}]" if isinstance(value, tuple) else "" if default is None else str(default).lower()
+    text = f"# {key}: {shown}".rstrip() if value is None else f"{key}: {shown}"
     choices = " | ".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else ""
-    note = "; ".join(part for part in (choices, field.description) if part)
+    by_size = "" if small is None else f"small images: {str(small).lower()}"
+    note = "; ".join(part for part in (choices, field.description, by_size) if part)
     return f"  {text:<26} # {note}" if note else f"  {text}"

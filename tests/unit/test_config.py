@@ -173,9 +173,9 @@ def test_a_key_without_a_value_and_without_a_default_that_follows_is_refused(key
         ("search: {proposals: 10}", "search: proposals (10) must be at least accepted (50)"),
         ("objectives: params", "objectives: got 'params'; it must be a list"),
         ("objectives: [params]", "objectives.0: got 'params'; it must hold keys, as in {name: ...}"),
-        ("objectives: []", "objectives: no expensive one among []; allowed are val_error"),
-        ("objectives: [{name: params}]", "no expensive one among ['params']; allowed are val_error"),
-        ("objectives: [{name: val_error}]", "no cheap one among ['val_error']; allowed are params, macs"),
+        ("objectives: []", "objectives: got []; val_error must be among them"),
+        ("objectives: [{name: params}]", "got ['params']; val_error must be among them"),
+        ("objectives: [{name: val_error}]", "got ['val_error']; params or macs must be among them"),
         ("objectives: [{name: val_error}, {name: macs}, {name: macs}]", "objectives: a name occurs twice"),
         ("objectives: [{name: val_error, max: 1}, {name: macs}]", "objectives.0: val_error takes no max and no min"),
         ("objectives: [{name: val_error}, {name: macs, min: 3, max: 2}]", "objectives.1: min (3) is above max (2)"),
@@ -301,12 +301,17 @@ def test_the_template_shows_every_key_and_every_choice_in_120_columns():
     assert "# steady_state | generational" in text
 
 
-def test_a_line_of_the_template_that_is_uncommented_without_a_value_changes_nothing():
+def test_the_lines_of_the_template_that_are_commented_out_are_the_defaults_of_larger_images():
     text = "\n".join(
         line.replace("  # ", "  ", 1) if line.startswith("  # ") else line for line in template().splitlines()
     )
     assert text != template()
-    assert config.parse(text, "template") == config.parse(template(), "template")
+    shown, default = (config.resolve(config.parse(one, "template"), (3, 32, 32)) for one in (text, template()))
+    assert shown == default
+    small = config.resolve(config.parse(template(), "template"), (1, 8, 8)).training
+    for key in config.BY_SIZE:
+        (line,) = [line for line in template().splitlines() if line.startswith(f"  # {key}: ")]
+        assert line.endswith(f"small images: {str(getattr(small, key)).lower()}")
 
 
 # ---------------------------------------------------------------- defaults that follow the data set

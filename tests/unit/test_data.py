@@ -529,6 +529,10 @@ BAD_ARRAYS: dict[str, tuple[Arrays, str]] = {
     "floats": (changed(x_train=np.zeros((100, 2, 3))), "float64 of shape (100, 2, 3); convert to uint8 0..255"),
     "floats in test": (changed(x_test=np.zeros((8, 2, 3), "f4")), "x_test is float32 of shape (8, 2, 3); convert"),
     "wide integers": (changed(x_train=np.zeros((100, 2, 3), int)), "x_train is int64"),
+    "small, channels first": (
+        changed(x_train=np.zeros((100, 3, 8, 8), "u1")),
+        "(100, 3, 8, 8): channels first? Expected (N, H,",
+    ),
     "flat images": (changed(x_train=np.zeros((100, 6), "u1")), "x_train has the shape (100, 6)"),
     "five axes": (changed(x_train=np.zeros((100, 2, 3, 1, 1), "u1")), "x_train has the shape (100, 2, 3, 1, 1)"),
     "channels first": (changed(x_train=np.zeros((100, 3, 32, 32), "u1")), "C at most 16"),
@@ -542,12 +546,12 @@ BAD_ARRAYS: dict[str, tuple[Arrays, str]] = {
     "float labels": (changed(y_train=np.arange(100) % 4.0), "y_train is float64"),
     "boolean labels": (changed(y_train=np.arange(100) % 2 == 0), "y_train is bool"),
     "text labels": (changed(y_train=np.array(["cat", "dog"] * 50)), "y_train is <U3"),
-    "negative label": (changed(y_train=np.arange(100) % 4 - 1), "y_train holds -1"),
-    "huge label": (changed(y_train=np.full(100, 2**63, np.uint64)), "y_train holds 9223372036854775808"),
+    "negative label": (changed(y_train=np.arange(100) % 4 - 1), "y_train holds the label -1"),
+    "huge label": (changed(y_train=np.full(100, 2**63, np.uint64)), "y_train holds the label 9223372036854775808"),
     "labels from 1": (changed(y_train=np.arange(100) % 4 + 1), "y_train: class 0 of 0..4 is absent"),
     "a class left out": (changed(y_train=np.array([0, 1, 3, 3] * 25)), "y_train: class 2 of 0..3 is absent"),
     "one class": (changed(y_train=np.zeros(100, int), y_test=np.zeros(8, int)), "y_train: class 1 of 0..1 is absent"),
-    "unknown class in test": (changed(y_test=np.arange(8)), "y_test holds 7"),
+    "unknown class in test": (changed(y_test=np.arange(8)), "y_test holds the label 7"),
     "y_test missing": (changed(y_test=None), "missing y_test;"),
     "y_train missing": (changed(y_train=None), "missing y_train;"),
     "unknown key": (changed(names=np.arange(3)), "unknown names; the keys must be (x_train, y_train, x_test, y_test)"),
@@ -570,7 +574,7 @@ def test_npz_files_that_cannot_be_read(tmp_path: Path) -> None:
     settings_ = Data(name="npz", root=str(path))
     assert refusal(settings_).startswith(f"data.root: got {str(path)!r}, not a file")
     assert refusal(Data(name="npz", root=str(tmp_path))).startswith("data.root: ")
-    assert refusal(Data(name="npz")).startswith("data.root: got None")
+    assert refusal(Data(name="npz")).startswith("data.root: not given")
 
     np.savez(path, **good())
     whole = path.read_bytes()

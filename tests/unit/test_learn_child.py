@@ -258,6 +258,12 @@ def test_edits_that_do_not_lead_to_the_graph_are_a_defect(lab: Lab, root: Task) 
             child.train_child(lab, task | {"graph": wrong})
 
 
+def test_a_parents_file_that_is_gone_is_no_fault_of_the_trainer(lab: Lab, root: Task) -> None:
+    gone = root | {"weights": root["weights"] | {"path": "children/none"}}
+    outcome = child.train_child(lab, child_of(ROOT, gone, 11, EXACT))
+    assert outcome["failure"] == {"kind": "ParentDamaged", "reason": f"{lab.run / 'children/none'}: is gone"}
+
+
 def test_a_parents_file_that_is_not_what_was_stored_is_refused(lab: Lab, root: Task) -> None:
     path = lab.run / root["weights"]["path"]
     content = path.read_bytes()
@@ -280,7 +286,7 @@ def test_a_full_disk_is_reported_as_such(lab: Lab, root: Task, monkeypatch: pyte
 
     task = child_of(ROOT, root, 12, EXACT, epochs=0)
     refuse(errno.ENOSPC)
-    assert child.train_child(lab, task) == {"storage": "child 12: [Errno 28] No space left on device"}
+    assert child.train_child(lab, task) == {"storage": "child 12: No space left on device"}
     refuse(errno.EISDIR)
     with pytest.raises(IsADirectoryError):
         child.train_child(lab, task)
@@ -310,7 +316,7 @@ def test_both_modes_learn_equally_well(lab: Lab, root: Task) -> None:
 def test_data_unlike_the_runs_are_refused(tmp_path: Path) -> None:
     run, owner = make_run(tmp_path)
     files.write_json(run / files.RUN, {"data": {"checksum": "0"}})
-    with pytest.raises(ConfigError, match="not the data this run was started with"):
+    with pytest.raises(ConfigError, match="not the data that this run was started with"):
         child.open_lab(run, owner)
 
 
@@ -403,7 +409,9 @@ def test_a_trainer_that_cannot_start_says_why_and_ends_with_1(tmp_path: Path) ->
         assert trainer.process.wait(timeout=60) == 1  # its input is still open: waiting for it must not end in an abort
         assert trainer.process.stderr is not None
         assert (
-            trainer.process.stderr.read().rstrip().endswith("not the data this run was started with (checksum differs)")
+            trainer.process.stderr.read()
+            .rstrip()
+            .endswith("not the data that this run was started with (checksum differs)")
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import coordinator, population, record
+from lemonade_hpc.run import coordinator, population, record, status
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.crew import Crew
 from lemonade_hpc.run.log import LogWriter, Message
@@ -362,6 +362,7 @@ def test_no_valid_initial_network_ends_the_run_again_and_again(run: Path, childr
         with pytest.raises(RunFailed, match=r"no initial network is valid.*child 0: the loss is not a number; child 1"):
             doubles.search(run, settings, lambda task: "fail")
     assert len(committed(run, settings)) == 3
+    assert status.status(run)["state"] == "failed: no initial network is valid; start again in another folder"
 
 
 def test_one_valid_initial_network_is_enough(run: Path) -> None:

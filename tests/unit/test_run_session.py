@@ -14,7 +14,7 @@ import pytest
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, to_dict
-from lemonade_hpc.run import owner, record, session
+from lemonade_hpc.run import backends, owner, record, session
 from lemonade_hpc.run.coordinator import Coordinator, Stopped
 from lemonade_hpc.run.lease import Held
 from lemonade_hpc.run.log import LogWriter, Message
@@ -72,8 +72,8 @@ def test_a_changed_setting_is_refused_by_name_and_nothing_is_changed(
     with pytest.raises(ConfigError) as refusal:
         doubles.search(run, changed(change))
     text = str(refusal.value)
-    assert f"was started with {key} = " in text
-    assert "only cluster, storage, search.children may change" in text and "another --run folder" in text
+    assert f"was started with {key} = " in text or f"was started without {key}, now it is 'macs'" in text
+    assert "only cluster, storage, search.children, data.root may change" in text and "another --run folder" in text
     assert doubles.contents(run) == before
 
 
@@ -294,6 +294,12 @@ def test_lowering_children_ends_a_run_once_what_is_in_flight_has_come(run: Path)
     history = doubles.search(run, doubles.config(search={"children": 1}))
     assert history.state.complete and history.state.num_committed == asked
     doubles.assert_sound(run)
+    for _ in range(2):  # also once it is complete
+        notes = doubles.Notes()
+        doubles.search(run, doubles.config(search={"children": 1}), notes=notes)
+        assert notes.notes == [
+            f"search.children is 1, but {asked - 3} children have been asked: they stay, no more will be"
+        ]
 
 
 def test_the_same_call_on_a_complete_run_changes_no_file(run: Path) -> None:
@@ -304,6 +310,72 @@ def test_the_same_call_on_a_complete_run_changes_no_file(run: Path) -> None:
     assert doubles.contents(run) == before
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == times
     assert doubles.front(first) == doubles.front(second) == doubles.front(third)
+
+
+def test_data_that_lies_elsewhere_now_is_the_same_data(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doubles.search(run, doubles.config(data={"name": "npz", "root": "here.npz"}))
+    moved = doubles.config(data={"name": "npz", "root": "there.npz"}, search={"children": 20})
+    assert doubles.search(run, moved).state.complete
+    monkeypatch.setattr(session.data_sets, "load", lambda data: doubles.images(seed=1))
+    with pytest.raises(ConfigError, match=r"other data than there.npz gives now \(checksum differs\)"):
+        doubles.search(run, moved)
+
+
+def test_a_function_that_returns_other_data_each_time_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def load(data: Any) -> Any:
+        calls.append(1)
+        return doubles.images(seed=len(calls))
+
+    monkeypatch.setattr(session.data_sets, "load", load)
+    with pytest.raises(ConfigError, match=r"mine:make gave other data when it was called again; .* the same arrays"):
+        doubles.search(run, doubles.config(data={"name": "mine:make"}))
+    assert not run.exists()
+
+
+def test_a_gpu_that_is_asked_for_where_there_is_none_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = doubles.config(cluster={"device": "cuda"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=r"cluster.device: got cuda, but this machine has no GPU"):
+        doubles.search(run, settings)
+    assert not run.exists()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f1c")
+    assert doubles.search(run, settings).state.complete  # the fakes need none
+
+
+@pytest.mark.parametrize(
+    ("allowed", "gpus"),
+    [("", []), ("-1", []), ("0", ["0"]), ("1, 3", ["1", "3"]), ("GPU-8f1c,MIG-77", ["GPU-8f1c", "MIG-77"])],
+)
+def test_gpus_are_named_as_the_environment_names_them(
+    monkeypatch: pytest.MonkeyPatch, allowed: str, gpus: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    assert backends.visible_gpus() == gpus
+    assert backends.may_have_gpu() == bool(gpus)
+
+
+def test_a_worker_gets_the_gpu_that_the_fewest_living_workers_have(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-8f1c")
+    local = backends.LocalBackend(run, SETTINGS.cluster)
+    alive = {"old", "e1w00", "e1w01", "e1w02"}
+    monkeypatch.setattr(local, "alive", alive.__contains__)
+    local.adopt("old", {"gpu": "4"})
+    given = []
+    for name in ("e1w00", "e1w01", "e1w02"):
+        given.append(local._free_gpu())
+        local._gpus[name] = given[-1]
+    assert given == ["GPU-8f1c", "4", "GPU-8f1c"]
+    alive.remove("e1w00")
+    alive.remove("e1w02")
+    assert local._free_gpu() == "GPU-8f1c"
+    assert backends.LocalBackend(run, doubles.config(cluster={"device": "cpu"}).cluster)._free_gpu() == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local._free_gpu() == ""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(backends, "visible_gpus", list)
+    assert local._free_gpu() is None  # torch may know better
 
 
 def test_a_moved_run_goes_on(run: Path) -> None:

@@ -294,6 +294,7 @@ def test_limits_are_the_settings_and_the_spaces_floor() -> None:
 def test_limits_that_no_initial_network_satisfies_are_an_error() -> None:
     says = (
         r"no initial network satisfies params in \[312, 400\]; they have params \d+; params \d+; params \d+; params \d+"
+        r" \(312 parameters are the least on images of this size, unless params has a min\)"
     )
     with pytest.raises(ValueError, match=says):
         problem(("val_error", {"name": "params", "max": 400.0}))

@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -168,8 +170,10 @@ def told(**changed):
     data = {
         "state": "complete",
         "warnings": [],
+        "data": {"name": "digits", "num_train": 1097, "num_validation": 350, "num_test": 350},
         "children": {
             "budget": 12,
+            "asked": state.num_asked,
             "initial": state.num_initial,
             "committed": state.num_committed,
             "failed": state.num_failed,
@@ -187,10 +191,23 @@ def told(**changed):
 
 def test_the_status_tells_failures_with_reasons():
     text = "\n".join(shown(tables.status_view(told(), 350)))
-    assert "16 of 16 children done (4 initial), 2 failed, 0 in flight; 16 s of training" in text
+    assert "digits: 1,097 images to train on, 350 for validation, 350 for test" in text
+    assert "16 of 16 children done (4 initial), 2 failed; 16 s of training" in text
     assert "child 5 failed (Diverged): the loss is [nan]" in text
     assert "attempts lost" not in text and "the last" not in text
     assert re.search(r"hypervolume \d\.\d{3}, initial networks \d\.\d{3}: gain \+\d\.\d{3} \(\+\d+ %\)", text)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"), [("running: process 1", "2 in flight"), ("stopped", "2 to be trained again")]
+)
+def test_what_is_not_done_is_in_flight_only_while_somebody_is_at_it(state, words):
+    children = told()["children"] | {"committed": 14, "in_flight": 2, "failed": 0}
+    assert f"14 of 16 children done (4 initial), 0 failed, {words}; " in tables.summary(
+        told(state=state, children=children)
+    )
+    lowered = children | {"budget": 3}
+    assert "14 of 16 children done" in tables.summary(told(children=lowered))
 
 
 def test_the_status_tells_what_is_lost_cut_off_or_damaged_and_how_to_go_on():
@@ -207,7 +224,7 @@ def test_the_status_tells_what_is_lost_cut_off_or_damaged_and_how_to_go_on():
     lines = shown(tables.status_view(told(**changed), 350))
     assert lines[0] == "stopped; the same search command goes on"
     for expected in (
-        "attempts lost: crash 2, stopped 1",
+        "attempts lost: crash 2",
         "warning: [/journal] damaged",
         "worker e1w00 on node7 (cpu): child 3, epoch 2",
         "worker e1w01: starting",
@@ -375,3 +392,30 @@ def test_the_edge_of_the_front_goes_from_the_top_to_the_right_end():
 @pytest.mark.parametrize(("value", "expected"), [(500, "500"), (1e3, "1 k"), (2e4, "20 k"), (5e6, "5 M"), (1e9, "1 G")])
 def test_ticks_are_short(value, expected):
     assert figures._short(value) == expected
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_ends_does_not_end_what_it_reads(stream):
+    """`search ... | head -1`: rich would leave with exit code 1, and a night's search with it."""
+    other = "stderr" if stream == "stdout" else "stdout"
+    program = (
+        "import sys; from lemonade_hpc.view import tables\n"
+        f"console = tables.console(stderr={stream == 'stderr'})\n"
+        "for _ in range(200): console.print('x' * 1000)\n"
+        f"print('went on', file=sys.{other})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    getattr(process, stream).close()
+    assert getattr(process, other).read() == b"went on\n"
+    assert process.wait() == 0
+    getattr(process, other).close()
+
+
+def test_an_error_bar_never_points_the_wrong_way():
+    """Rounding put the lower end of no error at all above it, for 690 of 3,000 counts."""
+    for count in range(1, 3001):
+        for share in (0.0, 1.0):
+            low, high = tables.wilson(share, count)
+            assert low <= share <= high, count
+        (below,), (above,) = figures._intervals([0.0], count)
+        assert below == 0 < above
