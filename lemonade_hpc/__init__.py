@@ -1,3 +1,3 @@
-"""Multi-objective neural architecture search by Lamarckian evolution (LEMONADE), for Slurm clusters and laptops."""
+"""Multi-objective neural architecture search by Lamarckian evolution (LEMONADE)."""
 
 __version__ = "0.1.0"

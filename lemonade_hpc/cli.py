@@ -36,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="a run folder", exists=True, file_okay=False)]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="a run folder", exists=True, file_okay=False)]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
@@ -130,7 +130,7 @@ def _draw(run: Path, content: dict[str, Any], fixed: Problem, loaded: Loaded, pa
 
 @app.command("status")
 def show_status(
-    run: Run,
+    run: RunFolder,
     watch: Annotated[bool, typer.Option("--watch", help="again every 2 s, until complete or Ctrl-C")] = False,
     as_json: Json = False,
 ) -> None:
@@ -158,7 +158,7 @@ def show_status(
 
 @app.command()
 def front(
-    run: Run,
+    run: RunFolder,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="comma-separated values")] = False,
 ) -> None:
@@ -191,7 +191,7 @@ def _exclusive(**options: bool) -> None:
 
 @app.command()
 def test(
-    run: Run,
+    run: RunFolder,
     root: Annotated[str | None, typer.Option("--root", help="where the data is now, if not at data.root")] = None,
     as_json: Json = False,
 ) -> None:
@@ -230,7 +230,7 @@ def test(
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(run: RunFolder) -> None:
     """Draw the front as PNG and SVG, in DIR/report."""
     from lemonade_hpc.run import status
 
@@ -241,7 +241,7 @@ def report(run: Run) -> None:
 
 
 @app.command()
-def verify(run: Run, as_json: Json = False) -> None:
+def verify(run: RunFolder, as_json: Json = False) -> None:
     """Read everything back: every checksum, every decision, the front."""
     from lemonade_hpc.run.verify import verify as checked
     from lemonade_hpc.view import tables

@@ -15,9 +15,9 @@ from typing import Protocol
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config
-from lemonade_hpc.run import leftovers, population, record, worker
+from lemonade_hpc.run import budgets, leftovers, population, record, worker
 from lemonade_hpc.run.backends import Backend
-from lemonade_hpc.run.crew import Crew, Key
+from lemonade_hpc.run.handle import Key, WorkerHandle
 from lemonade_hpc.run.journal import Event, Journal
 from lemonade_hpc.run.log import Message
 from lemonade_hpc.run.record import Attempt, History
@@ -29,8 +29,6 @@ ASSIGNED_AHEAD = 2
 """Children a worker has at a time: one in training, the next one waiting."""
 STOP_S = 3.0
 """How long workers may take to leave when they are stopped."""
-MAX_WORKER_LOSSES = 20
-"""Workers that may die under one child before it is given up: their deaths are not counted against it otherwise."""
 MISFORTUNES_PER_WORKER = 3
 """Workers in a row that may end without any outcome, per worker wanted, before the run stops."""
 
@@ -66,7 +64,7 @@ class Coordinator:
         self.run, self.config, self.history = run, config, history
         self.stop_signal: int | None = None
         self._journal, self._backend, self._observer = journal, backend, observer
-        self._crews: dict[str, Crew] = {}
+        self._handles: dict[str, WorkerHandle] = {}
         self._adopted: frozenset[str] = frozenset()
         self._unwritten: list[Event] = []
         self._arrived: dict[int, Message] = {}
@@ -86,10 +84,13 @@ class Coordinator:
         self._complete()
 
     def _turn(self) -> None:
-        """One pass over everything there is to do."""
+        """One pass over everything there is to do.
+
+        The order is the protocol: what an assignment (`_dispatch`) or a deletion (`_delete`) rests on is durable first.
+        """
         self._check_lease()
-        for crew in list(self._crews.values()):
-            self._hear(crew)
+        for handle in list(self._handles.values()):
+            self._hear(handle)
         committed = self._commit()
         self._retire()
         self._ask()
@@ -124,51 +125,53 @@ class Coordinator:
         self._beat_at = time.monotonic()
         with open(self.run / files.heartbeat(self._journal.epoch), "ab") as file:
             file.write(b".")
-        self._observer.update(self.history, {crew.name: crew.doing for crew in self._crews.values()})
+        self._observer.update(self.history, {handle.name: handle.doing for handle in self._handles.values()})
 
     # ------------------------------------------------------------ workers' reports
 
-    def _hear(self, crew: Crew, *, last_words: bool = False) -> None:
+    def _hear(self, handle: WorkerHandle, *, last_words: bool = False) -> None:
         """Read a worker's reports; `last_words`: only what it says of children, not its troubles."""
         full: str | None = None
         unfit: list[str] = []
-        for message in crew.hear():
+        for message in handle.hear():
             say = message["say"]
             if say == "hello":
-                self._backend.adopt(crew.name, message)
+                self._backend.adopt(handle.name, message)
             elif say == "outcome":
-                self._arrive(crew, message["outcome"])
+                self._arrive(handle, message["outcome"])
             elif say == "crashed":
-                self._lose(crew, (message["child"], message["attempt"]), "crash", message["reason"])
+                self._lose(handle, (message["child"], message["attempt"]), "crash", message["reason"])
             elif say == "returned":
-                self._lose(crew, (message["child"], message["attempt"]), "stopped", "another worker was idle")
+                self._lose(handle, (message["child"], message["attempt"]), "stopped", "another worker was idle")
             elif say == "storage" and not last_words:
                 full = message["reason"]
             elif say == "unfit" and not last_words:
-                unfit.append(f"worker {crew.name} cannot start training: {message['reason']}")
-        if crew.damaged is not None:
-            self._observer.note(f"worker {crew.name}: a damaged message in {crew.damaged}; its children go elsewhere")
-            self._backend.kill(crew.name)
-            self._dismiss(crew)
+                unfit.append(f"worker {handle.name} cannot start training: {message['reason']}")
+        if handle.damaged is not None:
+            self._observer.note(
+                f"worker {handle.name}: a damaged message in {handle.damaged}; its children go elsewhere"
+            )
+            self._backend.kill(handle.name)
+            self._dismiss(handle)
         for reason in unfit:
-            self._misfortune(crew, reason)
+            self._misfortune(handle, reason)
         if full is not None:
-            raise Stopped(f"worker {crew.name} cannot write: {full}")
+            raise Stopped(f"worker {handle.name} cannot write: {full}")
 
-    def _arrive(self, crew: Crew, outcome: Message) -> None:
+    def _arrive(self, handle: WorkerHandle, outcome: Message) -> None:
         """An outcome: kept until it may be told; the first valid one of a child wins, any later one is ignored."""
         number = outcome["child"]
-        crew.tasks.pop((number, outcome["attempt"]), None)
+        handle.tasks.pop((number, outcome["attempt"]), None)
         child = self.history.state.in_flight.get(number)
         if child is None or number in self._arrived:
             return
         if outcome["digest"] != child.digest:
-            self._lose(crew, (number, outcome["attempt"]), "worker", f"it reported on network {outcome['digest']}")
+            self._lose(handle, (number, outcome["attempt"]), "worker", f"it reported on network {outcome['digest']}")
             return
         if "weights" in outcome:
             path = self.run / outcome["weights"]["path"]
             if not path.exists() or path.stat().st_size != outcome["weights"]["bytes"]:
-                self._lose(crew, (number, outcome["attempt"]), "worker", f"{path} is missing or has the wrong size")
+                self._lose(handle, (number, outcome["attempt"]), "worker", f"{path} is missing or has the wrong size")
                 return
         self._misfortunes = 0
         self._arrived[number] = outcome
@@ -203,60 +206,43 @@ class Coordinator:
 
     # ------------------------------------------------------------ losses
 
-    def _lose(self, crew: Crew, key: Key, kind: str, reason: str) -> None:
+    def _lose(self, handle: WorkerHandle, key: Key, kind: str, reason: str) -> None:
         """An attempt will not report."""
         number, attempt = key
-        crew.tasks.pop(key, None)
+        handle.tasks.pop(key, None)
         if any(one.id == attempt and one.lost is None for one in self._attempts(number)):
             self._record({"event": "lost", "child": number, "attempt": attempt, "kind": kind, "reason": reason})
 
-    def _give_up(self) -> None:
-        """Children whose attempts have used up a budget fail. Told by the record alone, so a crash changes nothing."""
-        allowed = {"crash": self.config.cluster.retries, "worker": MAX_WORKER_LOSSES}
-        for number, attempts in self.history.attempts.items():
-            if number in self._arrived or not attempts or attempts[-1].lost is None:
-                continue
-            for kind, most in allowed.items():
-                lost = [one for one in attempts if one.lost == kind]
-                if len(lost) > most:
-                    reason = f"{len(lost)} attempts ended so; the last one: {lost[-1].reason}"
-                    self._arrived[number] = {
-                        "child": number,
-                        "attempt": lost[-1].id,
-                        "digest": self.history.state.in_flight[number].digest,
-                        "failure": {"kind": kind, "reason": reason},
-                    }
-
     def _retire(self) -> None:
         """Take back the children of workers that have left or died."""
-        for crew in list(self._crews.values()):
-            if crew.said_bye is None and self._backend.alive(crew.name):
+        for handle in list(self._handles.values()):
+            if handle.said_bye is None and self._backend.alive(handle.name):
                 continue
-            self._hear(crew, last_words=crew.said_bye is not None)
-            if crew.name in self._crews:
-                if crew.said_bye is None:
-                    output = self._backend.last_output(crew.name)
-                    self._misfortune(crew, f"worker {crew.name} died" + (f": {output}" if output else ""))
-                elif crew.tasks and crew.said_bye != worker.UNFIT:  # that one has been counted
-                    self._misfortune(crew, f"worker {crew.name} left its children: {crew.said_bye}")
-                self._dismiss(crew)
+            self._hear(handle, last_words=handle.said_bye is not None)
+            if handle.name in self._handles:
+                if handle.said_bye is None:
+                    output = self._backend.last_output(handle.name)
+                    self._misfortune(handle, f"worker {handle.name} died" + (f": {output}" if output else ""))
+                elif handle.tasks and handle.said_bye != worker.UNFIT:  # that one has been counted
+                    self._misfortune(handle, f"worker {handle.name} left its children: {handle.said_bye}")
+                self._dismiss(handle)
 
-    def _dismiss(self, crew: Crew) -> None:
+    def _dismiss(self, handle: WorkerHandle) -> None:
         """Give a worker up: what it had goes elsewhere, and should it still live, it is to leave."""
-        for key in list(crew.tasks):
-            started = key in crew.started and crew.said_bye is None
-            self._lose(crew, key, "worker" if started else "stopped", f"worker {crew.name} is gone")
-        crew.tell({"do": "stop"})
-        crew.close()
-        del self._crews[crew.name]
+        for key in list(handle.tasks):
+            started = key in handle.started and handle.said_bye is None
+            self._lose(handle, key, "worker" if started else "stopped", f"worker {handle.name} is gone")
+        handle.tell({"do": "stop"})
+        handle.close()
+        del self._handles[handle.name]
 
-    def _misfortune(self, crew: Crew, reason: str) -> None:
+    def _misfortune(self, handle: WorkerHandle, reason: str) -> None:
         """Count own workers that end without an outcome in between; too many in a row end the run.
 
         Adopted ones do not count: they may have died with the coordinator before, however many it had.
         """
         self._observer.note(reason)
-        self._misfortunes += crew.name not in self._adopted
+        self._misfortunes += handle.name not in self._adopted
         if self._misfortunes > MISFORTUNES_PER_WORKER * self.config.cluster.workers:
             self._write()
             raise RunFailed(
@@ -285,31 +271,30 @@ class Coordinator:
 
     def _dispatch(self) -> None:
         """Assign what waits to workers with room; start workers while there is work for them."""
-        self._give_up()
+        for failure in budgets.spent(self.history, self.config.cluster.retries):
+            self._arrived.setdefault(failure["child"], failure)
         waiting = [n for n in sorted(self.history.state.in_flight) if n not in self._arrived and not self._running(n)]
-        self._man(len(waiting))
-        chosen: list[tuple[Crew, Key]] = []
+        self._start_workers(len(waiting))
+        chosen: list[tuple[WorkerHandle, Key]] = []
         for number in waiting:
-            crew = min(self._crews.values(), key=lambda one: len(one.tasks), default=None)
-            if crew is None or len(crew.tasks) >= ASSIGNED_AHEAD:
+            handle = min(self._handles.values(), key=lambda one: len(one.tasks), default=None)
+            if handle is None or len(handle.tasks) >= ASSIGNED_AHEAD:
                 break
             key = (number, f"e{self._journal.epoch}a{len(self.history.attempts[number]) + 1}")
-            crew.tasks[key] = record.task(self.history, *key)
-            self._record({"event": "attempt", "child": number, "attempt": key[1], "worker": crew.name})
-            chosen.append((crew, key))
+            handle.tasks[key] = record.task(self.history, *key)
+            self._record({"event": "attempt", "child": number, "attempt": key[1], "worker": handle.name})
+            chosen.append((handle, key))
         self._write()
-        for crew, key in chosen:
-            crew.assign(key)
+        for handle, key in chosen:
+            handle.assign(key)
         if not waiting:
             self._level()
 
     def _level(self) -> None:
         """Ask for children that wait behind another back, one for each worker that has none."""
-        idle = sum(not crew.tasks for crew in self._crews.values())
-        for crew in self._crews.values():
-            idle -= crew.recalling
-        for crew in self._crews.values():
-            if idle > 0 and crew.recall():
+        idle = sum((not handle.tasks) - handle.recalling for handle in self._handles.values())
+        for handle in self._handles.values():
+            if idle > 0 and handle.recall():
                 idle -= 1
 
     def _running(self, number: int) -> Attempt | None:
@@ -319,16 +304,16 @@ class Coordinator:
     def _attempts(self, number: int) -> list[Attempt]:
         return self.history.attempts.get(number, [])
 
-    def _man(self, waiting: int) -> None:
+    def _start_workers(self, waiting: int) -> None:
         """Start workers up to the number wanted, as far as children wait for one."""
-        idle = sum(not crew.tasks for crew in self._crews.values())
-        while len(self._crews) < self.config.cluster.workers and waiting > idle:
+        idle = sum(not handle.tasks for handle in self._handles.values())
+        while len(self._handles) < self.config.cluster.workers and waiting > idle:
             name = f"e{self._journal.epoch}w{self._num_named:02d}"
             self._num_named += 1
             for path in (files.assigned_log(self._journal.epoch, name), files.done_log(name)):
                 files.make_folder((self.run / path).parent)
                 files.write(self.run / path, b"")
-            self._crews[name] = Crew(self.run, self._journal.epoch, name)
+            self._handles[name] = WorkerHandle(self.run, self._journal.epoch, name)
             self._backend.launch(name)
             idle += 1
 
@@ -339,16 +324,16 @@ class Coordinator:
         """
         self._adopted = frozenset(names)
         for name in names:
-            self._crews[name] = Crew(self.run, self._journal.epoch, name)
+            self._handles[name] = WorkerHandle(self.run, self._journal.epoch, name)
         for number in sorted(self.history.state.in_flight):
             attempt = self._running(number)
             if attempt is not None:
                 key = (number, attempt.id)
-                crew = self._crews[attempt.worker]
-                crew.tasks[key] = record.task(self.history, *key)
-                crew.assign(key)
-        for crew in list(self._crews.values()):
-            self._hear(crew, last_words=True)
+                handle = self._handles[attempt.worker]
+                handle.tasks[key] = record.task(self.history, *key)
+                handle.assign(key)
+        for handle in list(self._handles.values()):
+            self._hear(handle, last_words=True)
 
     # ------------------------------------------------------------ files
 
@@ -357,7 +342,7 @@ class Coordinator:
         self._check_lease()
         self.history.release()
         useless = leftovers.half_made(self.run) + leftovers.lost_attempts(self.run, self.history)
-        for path in (*useless, *leftovers.jobs(self.run, self._crews)):
+        for path in (*useless, *leftovers.jobs(self.run, self._handles)):
             files.remove(path)
         self._remove_replaced()
         self._delete(leftovers.unneeded(self.run, self.history))
@@ -415,23 +400,25 @@ class Coordinator:
             self._backend.close()
             for path in leftovers.jobs(self.run, ()):
                 files.remove(path)
-        for crew in self._crews.values():
-            crew.close()
+        for handle in self._handles.values():
+            handle.close()
         self._journal.close()
 
     def _stop_workers(self) -> None:
-        for crew in self._crews.values():
-            crew.tell({"do": "stop"})
+        for handle in self._handles.values():
+            handle.tell({"do": "stop"})
         deadline = time.monotonic() + STOP_S
-        while self._crews and time.monotonic() < deadline:
+        while self._handles and time.monotonic() < deadline:
             self._backend.step()
-            for crew in list(self._crews.values()):
-                self._hear(crew, last_words=True)
-                if crew.name in self._crews and (crew.said_bye is not None or not self._backend.alive(crew.name)):
-                    self._dismiss(crew)
+            for handle in list(self._handles.values()):
+                self._hear(handle, last_words=True)
+                if handle.name in self._handles and (
+                    handle.said_bye is not None or not self._backend.alive(handle.name)
+                ):
+                    self._dismiss(handle)
             time.sleep(POLL_S)
         if self._superseded():
             return
-        for crew in list(self._crews.values()):
-            self._backend.kill(crew.name)
-            self._dismiss(crew)
+        for handle in list(self._handles.values()):
+            self._backend.kill(handle.name)
+            self._dismiss(handle)

@@ -2,7 +2,8 @@
 
 Decides: whether a run is free, and how a coordinator becomes its only one. An epoch is one coordinator's life; its
 folder, made complete and renamed into place, is the lease, for a rename succeeds once. No lock is ever taken. A
-coordinator that is superseded finds out by looking for a higher epoch; what it still writes lies in its own folder.
+coordinator that is superseded finds out by looking for a higher epoch; what it still writes counts for nothing, for its
+journal is its own and the files it makes bear its epoch's number.
 """
 
 from __future__ import annotations

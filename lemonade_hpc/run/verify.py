@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lemonade_hpc import files
-from lemonade_hpc.run import journal, population, record, status
-from lemonade_hpc.run.coordinator import MAX_WORKER_LOSSES
+from lemonade_hpc.run import budgets, journal, population, record, status
 from lemonade_hpc.run.journal import Event
 from lemonade_hpc.run.record import History
 from lemonade_hpc.search import evolution
@@ -80,12 +79,11 @@ def _decisions(fixed: Problem, events: list[Event]) -> Iterator[str]:
 
 
 def _attempts(events: list[Event]) -> Iterator[str]:
-    retries = max((event["retries"] for event in events if event["event"] == "epoch"), default=0)
-    allowed = {"crash": 1 + retries, "worker": 1 + MAX_WORKER_LOSSES}
+    allowed = budgets.allowed(max((event["retries"] for event in events if event["event"] == "epoch"), default=0))
     lost = Counter((event["child"], event["kind"]) for event in events if event["event"] == "lost")
     for (child, kind), count in lost.items():
-        if kind in allowed and count > allowed[kind]:
-            yield f"child {child} lost {count} attempts to {kind}; allowed are {allowed[kind]}"
+        if kind in allowed and count > 1 + allowed[kind]:
+            yield f"child {child} lost {count} attempts to {kind}; allowed are {1 + allowed[kind]}"
 
 
 def _sealed(run: Path, history: History, events: list[Event]) -> Iterator[str]:

@@ -151,7 +151,7 @@ def validate(graph: Graph, signature: Signature) -> dict[int, Facts]:
 
 
 def digest(graph: Graph) -> str:
-    """32 hex digits that two graphs share iff they are the same network.
+    """32 hex digits that two graphs share iff they are the same network, each node's inputs in the same order.
 
     Taken over the operators and then the inputs of the nodes, numbered as `from_output` leaves them: ids, ties and
     the order of storage are left out.

@@ -1,6 +1,6 @@
 """The paper's six operators on graphs.
 
-Decides: where an edit is legal (`sites`), which is drawn (`draw`) and what graph it makes (`apply`). An edit is data:
+Decides: where an edit is legal (`sites`), which is drawn (`draw`) and what graph it makes (`edited`). An edit is data:
 stored, printed in lineages, replayed. What it means for the weights is in `plans.py`. Edits keep what `graph.validate`
 promises, in every copy of a tie or in none.
 
@@ -87,13 +87,8 @@ def legal(anatomy: Anatomy, edit: Edit) -> bool:
     return rule is not None and members is not None and rule.legal(anatomy, members, edit.arg)
 
 
-def apply(anatomy: Anatomy, edit: Edit) -> Graph:
-    """The edited graph; raises EditError where the edit is not legal. Applied to every copy of the tie or to none."""
-    return edited(anatomy, edit).graph
-
-
 def edited(anatomy: Anatomy, edit: Edit) -> Anatomy:
-    """`apply` and `study` in one, at the cost of what changes."""
+    """The edited graph, studied at the cost of what changes; every copy of the tie is edited. Raises EditError."""
     if not legal(anatomy, edit):
         where = [node.id for node in anatomy.ties.get(edit.site, [])]
         raise EditError(f"{edit} is not legal here (nodes {where}); kinds of edit are {', '.join(_RULES)}")
@@ -335,7 +330,7 @@ def to_json(edits: Iterable[Edit]) -> list[list[Any]]:
 
 
 def from_json(data: Iterable[Iterable[Any]]) -> tuple[Edit, ...]:
-    """The inverse of `to_json`; legality is checked by `apply`."""
+    """The inverse of `to_json`; legality is checked by `edited`."""
     return tuple(Edit(*item) for item in data)
 
 
@@ -349,5 +344,5 @@ def replay(graph: Graph, edits: Iterable[Edit], signature: Signature) -> Graph:
 
 __all__ = [
     "EXACT", "KINDS", "NEW", "Anatomy", "Edit", "EditError", "Fresh", "GraphError", "Plan", "Resize", "Select",
-    "apply", "draw", "edited", "from_json", "legal", "mutate", "plan", "replay", "selects", "sites", "study", "to_json",
+    "draw", "edited", "from_json", "legal", "mutate", "plan", "replay", "selects", "sites", "study", "to_json",
 ]  # fmt: skip

@@ -110,7 +110,7 @@ def random_graph(fixed: evolution.Problem, rng: np.random.Generator) -> graphs.G
         for _ in range(rng.integers(1, MAX_RANDOM_EDITS + 1)):
             anatomy = morphisms.study(graph, fixed.signature)
             edit = morphisms.draw(anatomy, fixed.config.search.operators, rng)
-            graph = graph if edit is None else morphisms.apply(anatomy, edit)
+            graph = graph if edit is None else morphisms.edited(anatomy, edit).graph
         size = graphs.params(graph, fixed.signature)
         limits = next(o for o in fixed.config.cheap if o.name == "params")
         if (limits.min or 0) <= size <= (limits.max or np.inf):

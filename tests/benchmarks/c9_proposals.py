@@ -88,7 +88,7 @@ def main() -> None:
         assert len(parent.graph.nodes) == nodes
         rng = np.random.default_rng(nodes)
         edits = [edit for _ in range(40) if (edit := morphisms.draw(parent, morphisms.KINDS, rng))]
-        children = [morphisms.apply(parent, edit) for edit in edits[: 3 if given.small else 10]]
+        children = [morphisms.edited(parent, edit).graph for edit in edits[: 3 if given.small else 10]]
         guard[f"{nodes} nodes: equal parameters"] = all(
             by_torch(child) == edited(parent, edit)[0] for child, edit in zip(children, edits, strict=False)
         )

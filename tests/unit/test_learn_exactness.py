@@ -236,7 +236,7 @@ def test_a_wrong_twin_breaks_the_contract(name: str) -> None:
     kind, spoil, measured = TWINS[name]
     graph = PLAIN
     if kind in ("add", "concat"):  # a skip needs two layers of one size: the inserted one and what it stands behind
-        graph = morphisms.apply(morphisms.study(graph, SIGNATURES[0]), first(graph, "insert"))
+        graph = morphisms.edited(morphisms.study(graph, SIGNATURES[0]), first(graph, "insert")).graph
     edit = first(graph, kind)
     assert judge(graph, edit, measured=measured) <= TOLERANCE
     assert judge(graph, edit, spoil, measured=measured) > TOLERANCE
@@ -290,12 +290,12 @@ def test_a_block_of_the_order_conv_relu_bn_clips_what_a_batchnorm_put_out() -> N
 
 def test_a_block_behind_a_skip_is_refused_since_lambda_may_have_any_sign() -> None:
     signature = SIGNATURES[0]
-    graph = morphisms.apply(morphisms.study(PLAIN, signature), first(PLAIN, "insert"))
+    graph = morphisms.edited(morphisms.study(PLAIN, signature), first(PLAIN, "insert")).graph
     edit = first(graph, "add")
-    graph = morphisms.apply(morphisms.study(graph, signature), edit)
+    graph = morphisms.edited(morphisms.study(graph, signature), edit).graph
     skip = next(node.id for node in graph.nodes if isinstance(node.op, Add))
     with pytest.raises(morphisms.EditError, match="not legal"):
-        morphisms.apply(morphisms.study(graph, signature), Edit("insert", skip, 3))
+        morphisms.edited(morphisms.study(graph, signature), Edit("insert", skip, 3))
     assert with_block(graph, skip, (BatchNorm(), ReLU()), lam=0.5) <= TOLERANCE
     assert with_block(graph, skip, (BatchNorm(), ReLU()), lam=-0.5) > 0.01
 
@@ -315,7 +315,7 @@ def test_the_contract_refuses_to_judge_logits_that_do_not_vary() -> None:
 def test_a_new_skip_learns_from_the_first_step_on() -> None:
     """With lambda = sigmoid(logit of -20) the gradient would be 2e-9 of this one."""
     signature, rng = SIGNATURES[0], np.random.default_rng(3)
-    graph = morphisms.apply(morphisms.study(PLAIN, signature), first(PLAIN, "insert"))
+    graph = morphisms.edited(morphisms.study(PLAIN, signature), first(PLAIN, "insert")).graph
     edit = first(graph, "add")
     generator = torch.Generator().manual_seed(0)
     morphed = transfer.morph(graph, general_weights(graph, signature, rng), [edit], signature, generator)

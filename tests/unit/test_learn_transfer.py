@@ -347,7 +347,7 @@ def test_a_plan_that_forgets_a_weight_is_refused() -> None:
         transfer.transfer(missing, resize, same_graph, seeded())
     with pytest.raises(TransferError, match=r"2\.bias: the plan gives \(3,\), the network needs \(8,\)"):
         transfer.transfer(weights, plan_of({"2.bias": (Resize(0, (0, 1, 2), "zero"),)}), same_graph, seeded())
-    smaller = morphisms.study(morphisms.apply(same_graph, Edit("remove", 9)), SIGNATURE)
+    smaller = morphisms.study(morphisms.edited(same_graph, Edit("remove", 9)).graph, SIGNATURE)
     rules = {"11.weight": (Resize(1, tuple(range(4)) + (morphisms.NEW,) * 2, "zero"),)}
     with pytest.raises(TransferError, match=r"\['7\.weight', '8\.bias'.*neither used nor dropped"):
         transfer.transfer(weights, plan_of(rules), smaller, seeded())

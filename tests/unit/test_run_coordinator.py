@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import coordinator, population, record, status
+from lemonade_hpc.run import budgets, coordinator, population, record, status
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
-from lemonade_hpc.run.crew import Crew
+from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.log import LogWriter, Message
 from lemonade_hpc.search import evolution
 
@@ -121,7 +121,7 @@ def test_a_worker_starts_for_every_child_that_waits_and_only_for_these(
     settings = doubles.config(search={"mode": mode}, cluster={"workers": workers})
     made, backend, *_ = running(run, settings)
     assert len(made.history.state.in_flight) == 3 and sorted(backend.workers) == [f"e1w{k:02d}" for k in range(started)]
-    assert [len(crew.tasks) for crew in made._crews.values()] == [1] * started
+    assert [len(handle.tasks) for handle in made._handles.values()] == [1] * started
     made.close()
 
 
@@ -212,7 +212,7 @@ def test_workers_that_died_with_the_coordinator_before_are_no_misfortune(run: Pa
     made = doubles.start(run, many, doubles.FakeBackend(run, lambda task: "hang" if task["child"] > 3 else None))
     for _ in range(30):
         made._turn()
-    assert len(made._crews) == 16
+    assert len(made._handles) == 16
     made._journal.close()  # killed, and every worker with it
     notes = doubles.Notes()
     few = doubles.config(search={"mode": "steady_state"}, cluster={"workers": 1})
@@ -251,7 +251,7 @@ def test_workers_that_die_are_counted_apart_and_cost_the_child_nothing(run: Path
 
 
 def test_a_child_under_which_workers_die_for_ever_is_given_up(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator, "MAX_WORKER_LOSSES", 3)
+    monkeypatch.setattr(budgets, "MAX_WORKER_LOSSES", 3)
     backend = doubles.FakeBackend(run, lambda task: "hang" if task["child"] == 5 else None)
     step = backend.step
 
@@ -423,11 +423,11 @@ def test_what_else_a_worker_said_before_its_disk_was_full_is_not_lost(run: Path)
     for _ in range(3):
         made._turn()
     (name,) = backend.workers
-    key, task = next(iter(made._crews[name].tasks.items()))
+    key, task = next(iter(made._handles[name].tasks.items()))
     told = doubles.outcome(task, run)
     backend.workers[name]._done.append([{"say": "storage", "reason": "full"}, {"say": "outcome", "outcome": told}])
     with pytest.raises(Stopped, match="cannot write: full"):
-        made._hear(made._crews[name])
+        made._hear(made._handles[name])
     made.close()
     assert key[0] in [outcome["child"] for outcome in committed(run)]
 
@@ -438,23 +438,23 @@ def test_what_else_a_worker_said_before_its_disk_was_full_is_not_lost(run: Path)
 def running(
     run: Path, settings: Any = SETTINGS, word: str = "hang"
 ) -> tuple[coordinator.Coordinator, Any, Any, Message]:
-    """A coordinator with a worker that has a child in training: both, the crew, and the task."""
+    """A coordinator with a worker that has a child in training: both, the handle, and the task."""
     backend = doubles.FakeBackend(run, lambda task: word)
     made = doubles.start(run, settings, backend)
     for _ in range(3):
         made._turn()
-    crew = made._crews["e1w00"]
-    return made, backend, crew, next(iter(crew.tasks.values()))
+    handle = made._handles["e1w00"]
+    return made, backend, handle, next(iter(handle.tasks.values()))
 
 
-def report(backend: Any, crew: Any, outcome: Message) -> None:
-    backend.workers[crew.name]._done.append([{"say": "outcome", "outcome": outcome}])
+def report(backend: Any, handle: Any, outcome: Message) -> None:
+    backend.workers[handle.name]._done.append([{"say": "outcome", "outcome": outcome}])
 
 
 def test_an_outcome_of_another_network_is_a_lost_attempt(run: Path) -> None:
     """The child is trained again: ignored, it would be in flight for ever."""
-    made, backend, crew, task = running(run)
-    report(backend, crew, doubles.outcome(task, run) | {"digest": "f" * 32})
+    made, backend, handle, task = running(run)
+    report(backend, handle, doubles.outcome(task, run) | {"digest": "f" * 32})
     made._turn()
     assert made.history.state.num_committed == 0
     assert lost(run) == [(task["child"], "worker")]
@@ -464,12 +464,12 @@ def test_an_outcome_of_another_network_is_a_lost_attempt(run: Path) -> None:
 
 
 def test_only_the_first_outcome_of_a_child_counts(run: Path) -> None:
-    made, backend, crew, task = running(run)
+    made, backend, handle, task = running(run)
     first = doubles.outcome(task, run)
-    report(backend, crew, first)
-    report(backend, crew, first | {"objectives": {"val_error": 0.0}})
+    report(backend, handle, first)
+    report(backend, handle, first | {"objectives": {"val_error": 0.0}})
     made._turn()
-    report(backend, crew, first | {"objectives": {"val_error": 0.0}})
+    report(backend, handle, first | {"objectives": {"val_error": 0.0}})
     made._turn()
     made.close()
     assert committed(run) == [first]
@@ -477,8 +477,8 @@ def test_only_the_first_outcome_of_a_child_counts(run: Path) -> None:
 
 def test_a_zombies_later_outcome_is_ignored(run: Path) -> None:
     """A worker counted as dead reports when its child has long gone to another."""
-    made, backend, crew, task = running(run)
-    zombie = backend.workers.pop(crew.name)
+    made, backend, handle, task = running(run)
+    zombie = backend.workers.pop(handle.name)
     backend.workers.clear()
     backend.behave = lambda task: None
     for _ in range(30):
@@ -499,21 +499,21 @@ def test_a_zombies_later_outcome_is_ignored(run: Path) -> None:
 
 
 def test_a_worker_that_was_given_up_is_told_to_leave(run: Path) -> None:
-    made, backend, crew, _ = running(run)
-    zombie = backend.workers.pop(crew.name)
+    made, backend, handle, _ = running(run)
+    zombie = backend.workers.pop(handle.name)
     made._turn()
-    assert crew.name not in made._crews
+    assert handle.name not in made._handles
     assert not zombie.step()
     made.close()
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])
 def test_an_outcome_without_its_weights_is_a_lost_attempt(run: Path, damage: str) -> None:
-    made, backend, crew, task = running(run)
+    made, backend, handle, task = running(run)
     outcome = doubles.outcome(task, run)
     path = run / outcome["weights"]["path"]
     path.unlink() if damage == "missing" else path.write_bytes(b"w")
-    report(backend, crew, outcome)
+    report(backend, handle, outcome)
     made._turn()
     assert made.history.state.num_committed == 0
     assert lost(run) == [(task["child"], "worker")]
@@ -525,13 +525,13 @@ def test_an_outcome_without_its_weights_is_a_lost_attempt(run: Path, damage: str
 
 
 def test_a_worker_with_a_damaged_report_is_ended_and_its_children_go_elsewhere(run: Path) -> None:
-    made, backend, crew, task = running(run)
-    path = run / files.done_log(crew.name)
+    made, backend, handle, task = running(run)
+    path = run / files.done_log(handle.name)
     with open(path, "ab") as file:
         file.write(b"0123456789abcdef {}\n")
     notes = made._observer
     made._turn()
-    assert backend.killed == [crew.name] and crew.name not in made._crews
+    assert backend.killed == [handle.name] and handle.name not in made._handles
     assert "a damaged message in" in notes.notes[0]
     assert (task["child"], "worker") in lost(run)
     made.close()
@@ -539,8 +539,8 @@ def test_a_worker_with_a_damaged_report_is_ended_and_its_children_go_elsewhere(r
 
 
 def test_a_damaged_first_report_does_not_stop_the_next_coordinator(run: Path) -> None:
-    made, backend, crew, _ = running(run)
-    path = run / files.done_log(crew.name)
+    made, backend, handle, _ = running(run)
+    path = run / files.done_log(handle.name)
     path.write_bytes(b"?" + path.read_bytes()[1:])
     made._turn()
     made.close()
@@ -722,7 +722,7 @@ def test_every_name_that_the_record_relies_on_is_durable(run: Path, monkeypatch:
 
 
 def test_a_paused_coordinator_that_wakes_changes_nothing(run: Path) -> None:
-    old, backend, crew, _ = running(run)
+    old, backend, handle, _ = running(run)
     workers = dict(backend.workers)
     successor = doubles.FakeBackend(run)
     new = doubles.start(run, SETTINGS, successor)
@@ -772,8 +772,8 @@ def test_one_that_wakes_before_it_deletes_deletes_nothing(run: Path, step: str) 
 @pytest.mark.parametrize("step", ["_commit", "_retire", "_ask", "_dispatch", "_write", "_seal"])
 def test_one_that_wakes_in_the_middle_of_a_turn_changes_nothing_that_counts(run: Path, step: str) -> None:
     """It writes into its own dead epoch at most; the successor's run is as if nothing had happened."""
-    old, backend, crew, task = running(run)
-    report(backend, crew, doubles.outcome(task, run))
+    old, backend, handle, task = running(run)
+    report(backend, handle, doubles.outcome(task, run))
     real = getattr(old, step)
     taken: list[coordinator.Coordinator] = []
 
@@ -811,7 +811,7 @@ def test_one_that_is_superseded_while_it_stops_its_workers_does_not_kill_them(
 
 
 def test_living_workers_are_adopted_with_their_children(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, backend, crew, task = running(run)
+    made, backend, handle, task = running(run)
     made._journal.close()  # killed; its workers live on
     successor = doubles.FakeBackend(run)
     successor.workers = backend.workers
@@ -823,16 +823,16 @@ def test_living_workers_are_adopted_with_their_children(run: Path, monkeypatch: 
     new.search()
     new.close()
     attempts = doubles.events(run, SETTINGS, "attempt")
-    assert [event["worker"] for event in attempts if event["child"] == task["child"]] == [crew.name]
+    assert [event["worker"] for event in attempts if event["child"] == task["child"]] == [handle.name]
     assert lost(run) == [] and notes.notes == []
     assert {event["worker"] for event in attempts} == {"e1w00", "e1w01"}
     doubles.assert_sound(run)
 
 
 def test_what_a_dead_worker_reported_last_still_counts(run: Path) -> None:
-    made, backend, crew, task = running(run)
+    made, backend, handle, task = running(run)
     made._journal.close()
-    report(backend, crew, doubles.outcome(task, run))  # nobody heard it
+    report(backend, handle, doubles.outcome(task, run))  # nobody heard it
     doubles.search(run, SETTINGS)
     told = next(outcome for outcome in committed(run) if outcome["child"] == task["child"])
     assert told["attempt"] == "e1a1"
@@ -840,11 +840,11 @@ def test_what_a_dead_worker_reported_last_still_counts(run: Path) -> None:
 
 
 def test_what_a_worker_says_right_before_it_dies_still_counts(run: Path) -> None:
-    made, backend, crew, task = running(run)
+    made, backend, handle, task = running(run)
 
     def alive(name: str) -> bool:
-        if name == crew.name and name in backend.workers:
-            report(backend, crew, doubles.outcome(task, run))
+        if name == handle.name and name in backend.workers:
+            report(backend, handle, doubles.outcome(task, run))
             backend.die(name)
         return name in backend.workers
 
@@ -856,15 +856,15 @@ def test_what_a_worker_says_right_before_it_dies_still_counts(run: Path) -> None
 
 
 def test_a_worker_learns_of_a_child_only_when_it_is_on_record(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, assigned = Crew.assign, []
+    real, assigned = WorkerHandle.assign, []
 
-    def assign(crew: Crew, key: Any) -> None:
+    def assign(handle: WorkerHandle, key: Any) -> None:
         history = doubles.load(run, SETTINGS).history
-        assert any(one.id == key[1] and one.worker == crew.name for one in history.attempts[key[0]])
+        assert any(one.id == key[1] and one.worker == handle.name for one in history.attempts[key[0]])
         assigned.append(key)
-        real(crew, key)
+        real(handle, key)
 
-    monkeypatch.setattr(Crew, "assign", assign)
+    monkeypatch.setattr(WorkerHandle, "assign", assign)
     doubles.search(run, SETTINGS)
     assert len(assigned) == NUM
 
@@ -884,8 +884,8 @@ def test_a_signal_stops_in_good_order(run: Path) -> None:
 
 
 def test_outcomes_that_come_while_it_stops_are_committed(run: Path) -> None:
-    made, backend, crew, task = running(run)
-    report(backend, crew, doubles.outcome(task, run))
+    made, backend, handle, task = running(run)
+    report(backend, handle, doubles.outcome(task, run))
     made.close()
     assert [outcome["child"] for outcome in committed(run)] == [task["child"]]
 
@@ -902,8 +902,8 @@ def test_workers_that_do_not_leave_in_time_are_ended(run: Path, monkeypatch: pyt
 def test_a_disk_that_is_full_at_the_end_too_loses_nothing_that_was_recorded(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, backend, crew, task = running(run)
-    report(backend, crew, doubles.outcome(task, run))
+    made, backend, handle, task = running(run)
+    report(backend, handle, doubles.outcome(task, run))
     real = LogWriter.append_texts
 
     def full(self: LogWriter, bodies: Any, *, durable: bool = True) -> None:

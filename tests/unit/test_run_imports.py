@@ -8,7 +8,7 @@ import sys
 import pytest
 
 RING = [
-    "coordinator", "worker", "session", "backends", "crew", "journal", "lease", "leftovers", "log", "owner",
+    "coordinator", "worker", "session", "backends", "budgets", "handle", "journal", "lease", "leftovers", "log", "owner",
     "population", "record", "status", "store", "verify",
 ]  # fmt: skip
 HEAVY = ("torch", "torchvision", "submitit", "sklearn", "matplotlib", "lemonade_hpc.learn")

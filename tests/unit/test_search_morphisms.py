@@ -74,7 +74,7 @@ def test_every_site_of_a_random_chain_makes_a_valid_graph_and_spends_new_ids(see
     used = set(before.by_id)
     for _, after in random_chain(before.graph, seed, 10):
         for edit in all_sites(before):
-            changed = morphisms.apply(before, edit)
+            changed = morphisms.edited(before, edit).graph
             facts = graphs.validate(changed, SIGNATURE)
             assert facts == morphisms.edited(before, edit).facts
             new = {node.id for node in changed.nodes} - before.by_id.keys()
@@ -97,15 +97,15 @@ def test_apply_takes_exactly_what_sites_offers(seed: int) -> None:
     assert offered <= tried
     for edit in tried:
         if edit in offered:
-            morphisms.apply(anatomy, edit)
+            morphisms.edited(anatomy, edit)
         else:
             with pytest.raises(EditError, match=f"kind='{edit.kind}', site={edit.site}, arg={edit.arg}.* not legal"):
-                morphisms.apply(anatomy, edit)
+                morphisms.edited(anatomy, edit)
 
 
 def test_a_kind_that_does_not_exist_is_refused() -> None:
     with pytest.raises(EditError, match="kinds of edit are insert, widen, add, concat, remove, prune, separable"):
-        morphisms.apply(study(chain([Input(), *BLOCK, GlobalPool(), Linear()])), Edit("deepen", 3, 3))
+        morphisms.edited(study(chain([Input(), *BLOCK, GlobalPool(), Linear()])), Edit("deepen", 3, 3))
 
 
 def weights_of(anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
@@ -187,7 +187,7 @@ def test_the_six_operators_on_a_small_network() -> None:
         Edit("widen", 1, 2), Edit("widen", 5, 2), Edit("add", 7, 4), Edit("concat", 7, 4),
         Edit("prune", 1, 4), Edit("prune", 5, 4), Edit("separable", 1), Edit("separable", 5),
     ]  # fmt: skip
-    words = {edit: graphs.describe(morphisms.apply(anatomy, edit)) for edit in all_sites(anatomy)}
+    words = {edit: graphs.describe(morphisms.edited(anatomy, edit).graph) for edit in all_sites(anatomy)}
     head, tail = "input conv3x3(6) bn relu", "pool conv3x3(6) bn relu"
     assert words[Edit("insert", 3, 5)] == f"{head} conv5x5(6) bn relu {tail} gap linear"
     assert words[Edit("widen", 5, 2)] == f"{head} pool conv3x3(12) bn relu gap linear"
@@ -195,9 +195,9 @@ def test_the_six_operators_on_a_small_network() -> None:
     assert words[Edit("add", 7, 4)] == f"{head} {tail} add gap linear"
     assert words[Edit("concat", 7, 4)] == f"{head} {tail} concat gap linear"
     assert words[Edit("separable", 1)] == f"input dw3x3 conv1x1(6) bn relu {tail} gap linear"
-    deeper = study(morphisms.apply(anatomy, Edit("insert", 7, 3)))
+    deeper = study(morphisms.edited(anatomy, Edit("insert", 7, 3)).graph)
     assert morphisms.sites(deeper, "remove") == [Edit("remove", 7), Edit("remove", 12)]
-    assert graphs.digest(morphisms.apply(deeper, Edit("remove", 12))) == graphs.digest(graph)
+    assert graphs.digest(morphisms.edited(deeper, Edit("remove", 12)).graph) == graphs.digest(graph)
 
 
 def test_insert_stands_only_behind_a_relu_of_feature_maps() -> None:
@@ -217,12 +217,12 @@ def test_insert_does_not_merge_what_an_addition_reads_apart() -> None:
     assert study(graph).mixes(5) and not study(graph).mixes(1)
     assert morphisms.sites(study(graph), "insert") == []
     with pytest.raises(EditError):
-        morphisms.apply(study(graph), Edit("insert", 5, 3))
+        morphisms.edited(study(graph), Edit("insert", 5, 3))
 
 
 def test_a_concatenation_does_not_change_what_an_addition_reads() -> None:
     graph = chain([Input(), *BLOCK, *BLOCK, *BLOCK, GlobalPool(), Linear()])
-    joined = study(morphisms.apply(study(graph), Edit("add", 9, 3)))
+    joined = study(morphisms.edited(study(graph), Edit("add", 9, 3)).graph)
     assert {(edit.site, edit.arg) for edit in morphisms.sites(study(graph), "concat")} == {(6, 3), (9, 3), (9, 6)}
     assert {(edit.site, edit.arg) for edit in morphisms.sites(joined, "concat")} == {(6, 3)}
     assert {(edit.site, edit.arg) for edit in morphisms.sites(joined, "add")} == {(6, 3), (9, 6)}
@@ -231,15 +231,15 @@ def test_a_concatenation_does_not_change_what_an_addition_reads() -> None:
 def test_layers_joined_already_are_not_joined_again_and_removing_undoes_it() -> None:
     anatomy = study(chain([Input(), *BLOCK, *BLOCK, GlobalPool(), Linear()]))
     for kind in ("add", "concat"):
-        joined = study(morphisms.apply(anatomy, Edit(kind, 6, 3)))
+        joined = study(morphisms.edited(anatomy, Edit(kind, 6, 3)).graph)
         assert morphisms.sites(joined, "add") == morphisms.sites(joined, "concat") == []
         assert Edit("remove", 9) in morphisms.sites(joined, "remove")
-        assert graphs.digest(morphisms.apply(joined, Edit("remove", 9))) == graphs.digest(anatomy.graph)
+        assert graphs.digest(morphisms.edited(joined, Edit("remove", 9)).graph) == graphs.digest(anatomy.graph)
 
 
 def test_a_block_between_joined_layers_stays_since_its_reader_would_read_one_layer_twice() -> None:
     anatomy = study(chain([Input(), *BLOCK, *BLOCK, GlobalPool(), Linear()]))
-    joined = study(morphisms.apply(anatomy, Edit("concat", 6, 3)))
+    joined = study(morphisms.edited(anatomy, Edit("concat", 6, 3)).graph)
     assert Edit("remove", 6) in morphisms.sites(anatomy, "remove")
     assert Edit("remove", 6) not in morphisms.sites(joined, "remove")
 
@@ -299,7 +299,7 @@ def test_mutate_is_draw_apply_and_study() -> None:
         made = morphisms.mutate(before, tuple(KINDS), np.random.default_rng(seed))
         edit = morphisms.draw(before, tuple(KINDS), np.random.default_rng(seed))
         assert made is not None and edit is not None
-        after = study(morphisms.apply(before, edit))
+        after = study(morphisms.edited(before, edit).graph)
         assert (made[0], made[1].graph, made[1].facts) == (edit, after.graph, after.facts)
 
 
@@ -369,7 +369,7 @@ def test_tied_copies_are_edited_all_or_none(seed: int) -> None:
     num_copies = per_stage * len(widths)
     for _, after in [(None, before), *random_chain(graph, seed, 8)]:
         for edit in all_sites(before):
-            changed = morphisms.apply(before, edit)
+            changed = morphisms.edited(before, edit).graph
             graphs.validate(changed, SIGNATURE)
             assert_copies_are_alike(changed, num_copies)
             assert_all_resized_or_none(before, changed)
@@ -380,7 +380,7 @@ def test_the_check_of_tied_copies_can_fail() -> None:
     graph = cells(TWO_BLOCKS, 2, [8])
     untied = Graph(tuple(replace(node, tie=node.id) for node in graph.nodes), graph.next_id)
     site = study(graph).ties[next(n.tie for n in graph.nodes if isinstance(n.op, ReLU) and n.id > 3)][0]
-    changed = morphisms.apply(study(untied), Edit("insert", site.id, 3))
+    changed = morphisms.edited(study(untied), Edit("insert", site.id, 3)).graph
     ties = {node.id: node.tie for node in graph.nodes}
     half = Graph(tuple(replace(node, tie=ties.get(node.id, node.tie)) for node in changed.nodes), changed.next_id)
     with pytest.raises(AssertionError):
@@ -398,7 +398,7 @@ def test_removing_copies_that_read_each_other_reaches_past_all_of_them() -> None
     """Three copies of one block in a row behind a stem: what stays reads the stem."""
     graph = cells(TWO_BLOCKS[:3], 3, [8])
     relu = study(graph).of(ReLU)[1]
-    changed = morphisms.apply(study(graph), Edit("remove", relu.tie))
+    changed = morphisms.edited(study(graph), Edit("remove", relu.tie)).graph
     assert graphs.describe(changed) == "input conv3x3(8) bn relu gap linear"
 
 
@@ -425,7 +425,7 @@ def test_a_group_that_one_copy_shares_with_another_tie_is_not_resized() -> None:
 def test_separable_copies_that_read_each_other_directly() -> None:
     """Two copies of a bare convolution in a row: the second's depthwise part reads the first's pointwise one."""
     graph = cells([Conv(1, 3)], 2, [8], stem=False)
-    changed = morphisms.apply(study(graph), Edit("separable", 1))
+    changed = morphisms.edited(study(graph), Edit("separable", 1)).graph
     assert graphs.describe(changed) == "input dw3x3 conv1x1(8) dw3x3 conv1x1(8) gap linear"
     assert_copies_are_alike(changed, 2)
 
@@ -448,6 +448,6 @@ def test_a_skip_needs_its_far_end_in_every_copy() -> None:
     pairs = {(edit.site, edit.arg) for edit in morphisms.sites(study(graph), "add")}
     first, second = (node.tie for node in study(graph).of(ReLU)[1:3])
     assert pairs == {(second, first)} and stem.tie not in {arg for _, arg in pairs}
-    changed = study(morphisms.apply(study(graph), Edit("add", second, first)))
+    changed = study(morphisms.edited(study(graph), Edit("add", second, first)).graph)
     assert len(changed.of(Add)) == 2 and len({node.tie for node in changed.of(Add)}) == 1
     assert len(changed.of(Depthwise)) == 0

@@ -15,7 +15,7 @@ Key = tuple[int, str]
 """A child's number and the id of an attempt at it."""
 
 
-class Crew:
+class WorkerHandle:
     """A worker's two logs, which exist, and what is known of it."""
 
     def __init__(self, run: Path, epoch: int, name: str) -> None:
