@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,11 +27,17 @@ THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 class Backend(Protocol):
     """Starts workers and knows which of them live."""
 
-    def launch(self, name: str) -> None:
-        """Start a worker; its mailbox exists."""
+    def ready(self) -> bool:
+        """Whether workers may be started now: a cluster is not asked too often."""
 
-    def adopt(self, name: str, who: dict[str, Any]) -> None:
-        """Take over a worker of an earlier coordinator, known by its hello."""
+    def launch(self, names: Sequence[str]) -> None:
+        """Start workers, whose mailboxes exist."""
+
+    def adopt(self, name: str, launch: str, place: int) -> None:
+        """Take over a worker of an earlier coordinator, which was launched in this place after the worker `launch`."""
+
+    def heard(self, name: str, messages: Sequence[dict[str, Any]]) -> None:
+        """What a worker has reported; its hello says which process it is."""
 
     def alive(self, name: str) -> bool:
         """Whether a worker may still report."""
@@ -55,10 +62,17 @@ class InlineBackend:
         self._run = run
         self._workers: dict[str, worker.Worker] = {}
 
-    def launch(self, name: str) -> None:  # noqa: D102
-        self._workers[name] = worker.Worker(self._run, name, lambda epoch: worker.InlineTrainer(self._run, epoch))
+    def ready(self) -> bool:  # noqa: D102
+        return True
 
-    def adopt(self, name: str, who: dict[str, Any]) -> None:  # noqa: D102
+    def launch(self, names: Sequence[str]) -> None:  # noqa: D102
+        for name in names:
+            self._workers[name] = worker.Worker(self._run, name, lambda epoch: worker.InlineTrainer(self._run, epoch))
+
+    def adopt(self, name: str, launch: str, place: int) -> None:  # noqa: D102
+        pass
+
+    def heard(self, name: str, messages: Sequence[dict[str, Any]]) -> None:  # noqa: D102
         pass
 
     def alive(self, name: str) -> bool:  # noqa: D102
@@ -89,7 +103,14 @@ class LocalBackend:
         self._known: dict[str, dict[str, Any]] = {}
         self._gpus: dict[str, str | None] = {}
 
-    def launch(self, name: str) -> None:
+    def ready(self) -> bool:  # noqa: D102
+        return True
+
+    def launch(self, names: Sequence[str]) -> None:  # noqa: D102
+        for name in names:
+            self._launch(name)
+
+    def _launch(self, name: str) -> None:
         """Start a worker that ignores Ctrl-C: the coordinator tells it when to leave.
 
         submitit's local jobs default to 5 minutes, no GPU, and the caller's process group: the first is overridden
@@ -120,9 +141,14 @@ class LocalBackend:
         taken = [gpu for name, gpu in self._gpus.items() if self.alive(name)]
         return min(gpus, key=taken.count)
 
-    def adopt(self, name: str, who: dict[str, Any]) -> None:  # noqa: D102
-        self._known[name] = who
-        self._gpus.setdefault(name, who.get("gpu"))
+    def adopt(self, name: str, launch: str, place: int) -> None:  # noqa: D102
+        pass  # its hello says more
+
+    def heard(self, name: str, messages: Sequence[dict[str, Any]]) -> None:  # noqa: D102
+        for who in messages:
+            if who["say"] == "hello":
+                self._known[name] = who
+                self._gpus.setdefault(name, who["gpu"])
 
     def alive(self, name: str) -> bool:  # noqa: D102
         if name in self._jobs:

@@ -133,11 +133,11 @@ class Coordinator:
         """Read a worker's reports; `last_words`: only what it says of children, not its troubles."""
         full: str | None = None
         unfit: list[str] = []
-        for message in handle.hear():
+        messages = handle.hear()
+        self._backend.heard(handle.name, messages)
+        for message in messages:
             say = message["say"]
-            if say == "hello":
-                self._backend.adopt(handle.name, message)
-            elif say == "outcome":
+            if say == "outcome":
                 self._arrive(handle, message["outcome"])
             elif say == "crashed":
                 self._lose(handle, (message["child"], message["attempt"]), "crash", message["reason"])
@@ -235,6 +235,7 @@ class Coordinator:
         handle.tell({"do": "stop"})
         handle.close()
         del self._handles[handle.name]
+        self._record({"event": "left", "worker": handle.name})
 
     def _misfortune(self, handle: WorkerHandle, reason: str) -> None:
         """Count own workers that end without an outcome in between; too many in a row end the run.
@@ -305,26 +306,31 @@ class Coordinator:
         return self.history.attempts.get(number, [])
 
     def _start_workers(self, waiting: int) -> None:
-        """Start workers up to the number wanted, as far as children wait for one."""
+        """Start workers up to the number wanted, as far as children wait for one; it is on record before it is done."""
         idle = sum(not handle.tasks for handle in self._handles.values())
-        while len(self._handles) < self.config.cluster.workers and waiting > idle:
-            name = f"e{self._journal.epoch}w{self._num_named:02d}"
-            self._num_named += 1
+        count = min(self.config.cluster.workers - len(self._handles), waiting - idle)
+        if count <= 0 or not self._backend.ready():
+            return
+        names = [f"e{self._journal.epoch}w{self._num_named + k:02d}" for k in range(count)]
+        self._num_named += count
+        for name in names:
             for path in (files.assigned_log(self._journal.epoch, name), files.done_log(name)):
                 files.make_folder((self.run / path).parent)
                 files.write(self.run / path, b"")
-            self._handles[name] = WorkerHandle(self.run, self._journal.epoch, name)
-            self._backend.launch(name)
-            idle += 1
+        self._record({"event": "launched", "workers": names})
+        self._write()
+        self._handles |= {name: WorkerHandle(self.run, self._journal.epoch, name) for name in names}
+        self._backend.launch(names)
 
-    def adopt(self, names: list[str]) -> None:
+    def adopt(self) -> None:
         """Take over the workers of earlier coordinators, living or dead.
 
         What they have reported counts; the living get their children again, those of the dead go back to the pool.
         """
-        self._adopted = frozenset(names)
-        for name in names:
-            self._handles[name] = WorkerHandle(self.run, self._journal.epoch, name)
+        self._adopted = frozenset(self.history.reporters())
+        self._handles = {name: WorkerHandle(self.run, self._journal.epoch, name) for name in sorted(self._adopted)}
+        for name, (launch, place) in self.history.workers.items():
+            self._backend.adopt(name, launch, place)
         for number in sorted(self.history.state.in_flight):
             attempt = self._running(number)
             if attempt is not None:

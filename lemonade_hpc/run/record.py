@@ -159,6 +159,8 @@ class History:
         self.sealed: list[Event] = []
         self.failures: list[dict[str, Any]] = []
         """Outcomes of failed children."""
+        self.workers: dict[str, tuple[str, int]] = {}
+        """Workers that were started and not given up: the first one of its launch, and its place in that."""
         self.num_lost = {"crash": 0, "worker": 0, "stopped": 0}
         self.wall_s = 0.0
         """Seconds that committed attempts took."""
@@ -173,6 +175,11 @@ class History:
         kind = event["event"]
         if kind == "asked":
             self._asked(event)
+        elif kind == "launched":
+            first = event["workers"][0]
+            self.workers |= {name: (first, place) for place, name in enumerate(event["workers"])}
+        elif kind == "left":
+            self.workers.pop(event["worker"], None)
         elif kind == "attempt":
             self.attempts[event["child"]].append(Attempt(event["attempt"], event["worker"]))
         elif kind == "lost":
@@ -228,6 +235,11 @@ class History:
             self._initial = pareto.insert(self._initial, told.number, vector)
         if not any(number < self.state.num_initial for number in self.state.in_flight):
             self.initial_front = self._initial
+
+    def reporters(self) -> list[str]:
+        """Workers whose logs may hold what is not on record yet: those, and any that left with an outcome not told."""
+        attempts = (one for given in self.attempts.values() for one in given)
+        return sorted({*self.workers, *(one.worker for one in attempts if one.lost is None)})
 
     def release(self) -> list[int]:
         """Children whose weights may be deleted; each is returned once."""

@@ -17,10 +17,9 @@ from typing import Any
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
-from lemonade_hpc.run import backends, lease, owner, population, record
+from lemonade_hpc.run import backends, lease, population, record
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
-from lemonade_hpc.run.log import LogReader
 from lemonade_hpc.run.record import History, Loaded
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
@@ -50,15 +49,14 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                 for text in _overspent(history):
                     observer.note(text)
                 return history
-            names = sorted({*_living(run), *_owing(history)})
             with suppress(lease.Behind):
-                journal = lease.open_epoch(run, config, loaded, names, take_over=take_over)
+                journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over)
         for text in (*loaded.warnings, *_overspent(history)):
             observer.note(text)
         coordinator = Coordinator(run, config, history, journal, _backend(run, config), observer)
         with _signals(coordinator):
             try:
-                coordinator.adopt(names)
+                coordinator.adopt()
                 coordinator.search()
             finally:
                 coordinator.close()
@@ -150,22 +148,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _backend(run: Path, config: Config) -> Backend:
     return InlineBackend(run) if config.cluster.backend == "inline" else LocalBackend(run, config.cluster)
-
-
-def _living(run: Path) -> list[str]:
-    """Workers of earlier coordinators that still run on this machine."""
-    found = []
-    for path in sorted((run / files.WORKERS).glob("*/done.log")):
-        messages = list(LogReader(path).poll())
-        if messages and messages[0]["say"] == "hello" and messages[-1]["say"] != "bye":
-            if owner.judge(messages[0]) == "alive":
-                found.append(path.parent.name)
-    return found
-
-
-def _owing(history: History) -> list[str]:
-    """Workers that have not reported on a child yet."""
-    return [a.worker for attempts in history.attempts.values() for a in attempts if a.lost is None]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,12 +131,19 @@ class FakeBackend:
         self.closed = False
         self._rng = None if seed is None else random.Random(seed)
 
-    def launch(self, name: str) -> None:
-        self.workers[name] = worker.Worker(
-            self.run, name, lambda epoch: FakeTrainer(self.run, lambda t: self.behave(t))
-        )
+    def ready(self) -> bool:
+        return True
 
-    def adopt(self, name: str, who: dict[str, Any]) -> None:
+    def launch(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.workers[name] = worker.Worker(
+                self.run, name, lambda epoch: FakeTrainer(self.run, lambda t: self.behave(t))
+            )
+
+    def adopt(self, name: str, launch: str, place: int) -> None:
+        pass
+
+    def heard(self, name: str, messages: Sequence[Message]) -> None:
         pass
 
     def alive(self, name: str) -> bool:
@@ -203,10 +210,9 @@ def start(
     """A coordinator that holds the lease of `run`, to be driven by hand."""
     fixed = session._prepare(settings, images(), run)
     loaded = record.load(run, fixed)
-    names = sorted({*session._living(run), *session._owing(loaded.history)})
-    journal = lease.open_epoch(run, settings, loaded, names, take_over=True)
+    journal = lease.open_epoch(run, settings, loaded, loaded.history.reporters(), take_over=True)
     made = coordinator.Coordinator(run, settings, loaded.history, journal, backend, notes or Notes())
-    made.adopt(names)
+    made.adopt()
     return made
 
 

@@ -17,7 +17,7 @@ from lemonade_hpc.config import Config, ConfigError, to_dict
 from lemonade_hpc.run import backends, owner, record, session
 from lemonade_hpc.run.coordinator import Coordinator, Stopped
 from lemonade_hpc.run.lease import Held
-from lemonade_hpc.run.log import LogWriter, Message
+from lemonade_hpc.run.log import Message
 from lemonade_hpc.search import evolution
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -361,7 +361,7 @@ def test_a_worker_gets_the_gpu_that_the_fewest_living_workers_have(run: Path, mo
     local = backends.LocalBackend(run, SETTINGS.cluster)
     alive = {"old", "e1w00", "e1w01", "e1w02"}
     monkeypatch.setattr(local, "alive", alive.__contains__)
-    local.adopt("old", {"gpu": "4"})
+    local.heard("old", [{"say": "hello", "gpu": "4"}])
     given = []
     for name in ("e1w00", "e1w01", "e1w02"):
         given.append(local._free_gpu())
@@ -390,24 +390,6 @@ def test_a_moved_run_goes_on(run: Path) -> None:
 
 
 # ---------------------------------------------------------------- workers of earlier coordinators
-
-
-def say(run: Path, name: str, *messages: dict[str, Any]) -> None:
-    (run / files.done_log(name)).parent.mkdir(parents=True)
-    with LogWriter(run / files.done_log(name)) as writer:
-        writer.append(messages)
-
-
-def test_living_workers_are_those_that_said_hello_and_not_goodbye(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    hello, bye = {"say": "hello", **owner.identity()}, {"say": "bye", "reason": "idle"}
-    say(run, "alive", hello, {"say": "alive"})
-    say(run, "left", hello, bye)
-    say(run, "dead", hello | {"started": 1})
-    say(run, "elsewhere", hello | {"host": "elsewhere"})
-    say(run, "silent")
-    say(run, "nameless", {"say": "alive"})
-    assert session._living(run) == ["alive"]
 
 
 # ---------------------------------------------------------------- signals

@@ -287,7 +287,7 @@ def test_what_cannot_be_read_at_all_is_an_error(run: Path) -> None:
 
 def test_every_planted_event_kind_is_known(run: Path) -> None:
     kinds = {event["event"] for event in doubles.events(run, SETTINGS)}
-    assert kinds == {"epoch", "asked", "attempt", "lost", "committed", "sealed", "complete"}
+    assert kinds == {"epoch", "launched", "asked", "attempt", "lost", "committed", "left", "sealed", "complete"}
 
 
 # ---------------------------------------------------------------- status and front

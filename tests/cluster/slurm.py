@@ -1,0 +1,277 @@
+"""A real Slurm on this host: munge, slurmdbd on MariaDB, slurmctld, and four slurmd with a fake GPU each.
+
+Needs root and Debian's `slurm-wlm slurmdbd munge mariadb-server`. Everything lies in a folder of its own and is stopped
+by pid. Jobs run as the ordinary user `lemonade`, who is made if need be. Two partitions: `main`, and `urgent`, whose
+jobs requeue those of `main`. Limits are short, so that a test does not wait.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+USER = "lemonade"
+NODES = tuple(f"n{k}" for k in range(1, 5))
+START_S = 60.0
+CONFIG = """
+ClusterName=lemonade
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+SlurmdTimeout=20
+KillWait=5
+MinJobAge=300
+MaxArraySize={max_array}
+GresTypes=gpu
+JobAcctGatherType=jobacct_gather/linux
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={dbd_port}
+AccountingStoragePass={folder}/munge.socket
+AccountingStorageTRES=gres/gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=5
+{nodes}
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=9 PreemptMode=OFF State=UP
+"""
+DBD_CONFIG = """
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdPort={dbd_port}
+SlurmUser=root
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={sql_port}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_acct_db
+"""
+
+
+class Slurm:
+    """A cluster that runs. `environ` is what a user's process needs to see it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.user = pwd.getpwnam(USER)
+        self.environ = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *command: str | Path, user: str = "root") -> None:
+        """Start a daemon in the foreground; `name` is how it is stopped, and its log's name."""
+        with open(self.folder / f"{name}.out", "ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, user=user, start_new_session=True,
+                env={**os.environ, **self.environ},
+            )  # fmt: skip
+
+    def stop(self, name: str, which: signal.Signals = signal.SIGTERM) -> None:
+        """End a daemon and wait for it."""
+        process = self.daemons.pop(name)
+        process.send_signal(which)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def start_node(self, name: str) -> None:
+        """Start one slurmd."""
+        self.start(name, "slurmd", "-D", "-N", name, "-f", self.folder / "slurm.conf")
+
+    def run(self, *command: str | Path, check: bool = True, root: bool = False, **options: Any) -> str:
+        """The standard output of a command, run as the ordinary user."""
+        who: dict[str, Any] = {} if root else {"user": self.user.pw_uid, "group": self.user.pw_gid}
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, check=False,
+            env=self.environment() | options.pop("env", {}), cwd=options.pop("cwd", self.user.pw_dir), **who, **options,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise RuntimeError(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def environment(self) -> dict[str, str]:
+        """The ordinary user's environment."""
+        keep = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SUBMITIT"))}
+        return {**keep, **self.environ, "HOME": self.user.pw_dir, "USER": USER, "LOGNAME": USER}
+
+    def jobs(self) -> list[dict[str, str]]:
+        """Every job and array task that the controller knows, with name, state, node and exit code."""
+        keys = ("id", "name", "state", "node", "user")
+        lines = self.run("squeue", "-a", "-r", "-h", "-t", "all", "-o", "%i|%j|%T|%N|%u").splitlines()
+        return [dict(zip(keys, line.split("|"), strict=True)) for line in lines]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody uses."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def wait_for(what: str, test: Callable[[], Any], timeout_s: float = START_S) -> Any:
+    """Wait until a test holds; its value. Raises TimeoutError."""
+    deadline = time.monotonic() + timeout_s
+    last: Exception | None = None
+    while time.monotonic() < deadline:
+        try:
+            if value := test():
+                return value
+        except (RuntimeError, OSError) as error:
+            last = error
+        time.sleep(0.1)
+    raise TimeoutError(f"not within {timeout_s:.0f} s: {what}" + (f" ({last})" if last else ""))
+
+
+def ensure_user() -> bool:
+    """Make the ordinary user; whether that was necessary."""
+    with suppress(KeyError):
+        pwd.getpwnam(USER)
+        return False
+    subprocess.run(["useradd", "--create-home", "--shell", "/bin/bash", USER], check=True, capture_output=True)
+    return True
+
+
+@contextmanager
+def cluster(max_array: int = 1001) -> Iterator[Slurm]:
+    """A Slurm that is up, all nodes idle; stopped, with everything it wrote removed, at the end."""
+    if os.geteuid():
+        raise RuntimeError("the Slurm of the tests needs root: it starts daemons that start jobs as another user")
+    missing = [name for name in ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd") if not shutil.which(name)]
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)}: not installed; Debian: slurm-wlm slurmdbd munge mariadb-server")
+    made = ensure_user()
+    folder = Path(tempfile.mkdtemp(prefix="lemonade-slurm-"))
+    folder.chmod(0o755)
+    slurm = Slurm(folder)
+    try:
+        _start(slurm, max_array)
+        yield slurm
+    finally:
+        _stop(slurm)
+        shutil.rmtree(folder, ignore_errors=True)
+        if made:
+            subprocess.run(["userdel", "--remove", USER], check=False, capture_output=True)
+
+
+def _start(slurm: Slurm, max_array: int) -> None:
+    folder = slurm.folder
+    port, dbd_port, sql_port, *node_ports = free_ports(3 + len(NODES))
+    host = socket.gethostname()
+    nodes = "\n".join(
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={number} CPUs=2 RealMemory=5000 Gres=gpu:1"
+        for name, number in zip(NODES, node_ports, strict=True)
+    )
+    words = {
+        "folder": folder, "host": host, "port": port, "dbd_port": dbd_port, "sql_port": sql_port, "nodes": nodes,
+        "max_array": max_array,
+    }  # fmt: skip
+    (folder / "slurm.conf").write_text(CONFIG.format(**words))
+    (folder / "gres.conf").write_text("".join(f"NodeName={name} Name=gpu File=/dev/null\n" for name in NODES))
+    (folder / "slurmdbd.conf").touch(mode=0o600)
+    (folder / "slurmdbd.conf").write_text(DBD_CONFIG.format(**words))
+    _start_munge(slurm)
+    _start_database(slurm, sql_port)
+    slurm.start("slurmdbd", "slurmdbd", "-D")
+    wait_for("slurmdbd answers", lambda: slurm.run("sacctmgr", "-n", "show", "cluster", root=True) is not None)
+    slurm.run("sacctmgr", "-i", "add", "cluster", "lemonade", root=True, check=False)
+    slurm.run("sacctmgr", "-i", "add", "account", "lab", root=True)
+    slurm.run("sacctmgr", "-i", "add", "user", USER, "account=lab", root=True)
+    slurm.start("slurmctld", "slurmctld", "-D", "-f", folder / "slurm.conf")
+    for name in NODES:
+        slurm.start_node(name)
+    wait_for(
+        "all nodes are idle", lambda: slurm.run("sinfo", "-h", "-p", "main", "-o", "%T %D") == f"idle {len(NODES)}\n"
+    )
+
+
+def _start_munge(slurm: Slurm) -> None:
+    """A munge of our own, with its own key and socket."""
+    folder = slurm.folder / "munge"
+    folder.mkdir()
+    (folder / "key").write_bytes(os.urandom(128))
+    (folder / "key").chmod(0o600)
+    shutil.chown(folder, "munge", "munge")
+    shutil.chown(folder / "key", "munge", "munge")
+    options = ("key-file=key", "pid-file=pid", "log-file=log", "seed-file=seed")
+    named = [f"--{part.partition('=')[0]}={folder / part.partition('=')[2]}" for part in options]
+    (slurm.folder / "munge.socket").unlink(missing_ok=True)
+    slurm.start("munged", "munged", "--foreground", "--force", f"--socket={folder / 'socket'}", *named, user="munge")
+    wait_for("munge listens", (folder / "socket").exists)
+    (slurm.folder / "munge.socket").symlink_to(folder / "socket")
+
+
+def _start_database(slurm: Slurm, port: int) -> None:
+    folder = slurm.folder / "sql"
+    install = ["mariadb-install-db", "--user=mysql", f"--datadir={folder}", "--auth-root-authentication-method=normal"]
+    subprocess.run(install, check=True, capture_output=True)
+    slurm.start(
+        "mariadbd", "mariadbd", "--no-defaults", f"--datadir={folder}", f"--socket={folder / 'socket'}",
+        f"--port={port}", "--bind-address=127.0.0.1", f"--pid-file={folder / 'pid'}", "--innodb-buffer-pool-size=64M",
+        user="mysql",
+    )  # fmt: skip
+    ask = ["mariadb", f"--socket={folder / 'socket'}", "-u", "root", "-e"]
+    wait_for("MariaDB answers", lambda: slurm.run(*ask, "select 1", root=True))
+    grant = "create user slurm@127.0.0.1 identified by 'slurm'; grant all on slurm_acct_db.* to slurm@127.0.0.1;"
+    slurm.run(*ask, grant, root=True)
+
+
+def _stop(slurm: Slurm) -> None:
+    """End every job and daemon that was started here, jobs first."""
+    if "slurmctld" in slurm.daemons:
+        with suppress(RuntimeError, subprocess.TimeoutExpired):
+            slurm.run("scancel", "-f", "-u", USER, timeout=20)
+            wait_for("all jobs have ended", lambda: not slurm.run("squeue", "-h", "-u", USER), 20)
+    for name in (*NODES, "slurmctld", "slurmdbd", "mariadbd", "munged"):
+        if name in slurm.daemons:
+            slurm.stop(name)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command as the ordinary user while a Slurm is up: `python slurm.py sinfo`."""
+    started = time.monotonic()
+    with cluster() as slurm:
+        print(json.dumps({"up_s": round(time.monotonic() - started, 1), **slurm.environ}), file=sys.stderr)
+        return subprocess.run(
+            arguments, env=slurm.environment(), user=slurm.user.pw_uid, group=slurm.user.pw_gid, check=False
+        ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
