@@ -149,15 +149,36 @@ class Training(_Section):
 
 
 class Cluster(_Section):
-    """Where workers run. `local`: processes on this machine; `inline`: inside this process (tests, debugging)."""
+    """Where workers run. `local`: processes on this machine; `slurm`: jobs; `inline`: inside this process (tests)."""
 
-    backend: Literal["local", "inline"] = "local"
+    backend: Literal["local", "slurm", "inline"] = "local"
     workers: Positive = Field(2, description="trained at the same time")
     cpus_per_worker: Positive = Field(1, description="threads of a worker; small networks do best with 1")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     idle_exit_min: Annotated[Real, Field(gt=0)] = Field(10.0, description="a worker without work leaves after this")
     child_timeout_min: Annotated[Real, Field(gt=0)] = Field(240.0, description="a child that takes longer fails")
     retries: Count = Field(2, description="further attempts at a child whose trainer process died")
+    # The rest is Slurm's.
+    time_min: Positive = Field(240, description="slurm: time limit of a worker")
+    gpus_per_worker: Count = Field(1, description="slurm: asked for as gres gpu:N")
+    mem_gb: Annotated[Real, Field(gt=0)] = Field(16.0, description="slurm: memory of a worker")
+    partition: str | None = Field(None, description="slurm, like the next ones: as sbatch takes it")
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    wckey: str | None = None
+    gres: str | None = Field(None, description="slurm: instead of gpu:N, such as gpu:a100:1")
+    setup: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="slurm: shell lines before a worker starts"
+    )
+    extra: dict[str, str | int | bool] = Field({}, description="slurm: further options of sbatch")
+    max_array: Positive = Field(1000, description="slurm: most tasks of one array")
+    status_s: Annotated[Real, Field(gt=0)] = Field(60.0, description="slurm: time between status calls, at least")
+    submit_s: Annotated[Real, Field(gt=0)] = Field(10.0, description="slurm: time between submissions, at least")
+    poll_s: Annotated[Real, Field(gt=0)] | None = Field(
+        None, description="time between looks at logs; local: 0.02, slurm: 1"
+    )
 
 
 class Storage(_Section):
@@ -282,6 +303,7 @@ _ALLOWED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text; write it in quotes",
+    "dict_type": "options and their values, as in {{name: value}}",
     "tuple_type": "a list, in brackets or with a dash before each entry",
     "literal_error": "{expected}",
     "greater_than_equal": "at least {ge}",
@@ -347,7 +369,7 @@ by `tests/end_to_end/five_seeds.py` and `tests/benchmarks/c18_search.py`."""
 
 
 def resolve(config: Config, shape: tuple[int, int, int]) -> Config:
-    """Fill in the defaults that follow the data set's image shape (C, H, W), and the mode."""
+    """Fill in the defaults that follow the data set's image shape (C, H, W), the mode, and the backend."""
     small = min(shape[1:]) < SMALL
     defaults: dict[str, Any] = {key: values[0 if small else 1] for key, values in BY_SIZE.items()}
     defaults["flip"] = defaults["flip"] and shape[0] == 3
@@ -361,4 +383,6 @@ def resolve(config: Config, shape: tuple[int, int, int]) -> Config:
                 f"training.{key}: got {getattr(training, key)}; the images have {shape[1]} x {shape[2]} pixels, "
                 f"so it must be at most {min(shape[1:])}"
             )
-    return config.model_copy(update={"training": training})
+    default_s = 1.0 if config.cluster.backend == "slurm" else 0.02
+    cluster = config.cluster.model_copy(update={"poll_s": config.cluster.poll_s or default_s})
+    return config.model_copy(update={"training": training, "cluster": cluster})

@@ -24,14 +24,21 @@ LAST_BYTES = 2000
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
+class Refused(RuntimeError):  # noqa: N818
+    """Workers cannot be started, now or later: says why."""
+
+
 class Backend(Protocol):
     """Starts workers and knows which of them live."""
 
-    def ready(self) -> bool:
-        """Whether workers may be started now: a cluster is not asked too often."""
+    lasting: bool
+    """Whether workers go on when the coordinator stops."""
+
+    def room(self) -> int:
+        """How many workers may be started now: a cluster is not asked too often."""
 
     def launch(self, names: Sequence[str]) -> None:
-        """Start workers, whose mailboxes exist."""
+        """Start workers, whose mailboxes exist. Raises Refused."""
 
     def adopt(self, name: str, launch: str, place: int) -> None:
         """Take over a worker of an earlier coordinator, which was launched in this place after the worker `launch`."""
@@ -58,12 +65,14 @@ class Backend(Protocol):
 class InlineBackend:
     """Workers are objects of this process and take turns: for tests and debugging."""
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
+    lasting = False
+
+    def __init__(self, run: Path, cluster: Cluster) -> None:
+        self._run, self._cluster = run, cluster
         self._workers: dict[str, worker.Worker] = {}
 
-    def ready(self) -> bool:  # noqa: D102
-        return True
+    def room(self) -> int:  # noqa: D102
+        return self._cluster.workers
 
     def launch(self, names: Sequence[str]) -> None:  # noqa: D102
         for name in names:
@@ -96,15 +105,16 @@ class InlineBackend:
 class LocalBackend:
     """Processes of this machine, started by submitit's local executor."""
 
+    lasting = False
+
     def __init__(self, run: Path, cluster: Cluster) -> None:
-        self._run = run
-        self._cluster = cluster
+        self._run, self._cluster = run, cluster
         self._jobs: dict[str, Any] = {}
         self._known: dict[str, dict[str, Any]] = {}
         self._gpus: dict[str, str | None] = {}
 
-    def ready(self) -> bool:  # noqa: D102
-        return True
+    def room(self) -> int:  # noqa: D102
+        return self._cluster.workers
 
     def launch(self, names: Sequence[str]) -> None:  # noqa: D102
         for name in names:
@@ -125,7 +135,7 @@ class LocalBackend:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit the mask
         try:
             os.environ.update(dict.fromkeys(THREAD_LIMITS, str(self._cluster.cpus_per_worker)))
-            self._jobs[name] = executor.submit(worker.serve, str(self._run), name, gpu)
+            self._jobs[name] = executor.submit(worker.serve, str(self._run), name, {"CUDA_VISIBLE_DEVICES": gpu})
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for key, value in old_threads.items():
@@ -185,7 +195,7 @@ class LocalBackend:
             for name in self._jobs.keys() - self._known.keys():
                 self.kill(name)
             self.step()
-            time.sleep(worker.POLL_S)
+            time.sleep(0.02)
         for name in list(self._jobs):
             self.kill(name)
 

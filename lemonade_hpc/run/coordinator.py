@@ -16,14 +16,13 @@ from typing import Protocol
 from lemonade_hpc import files
 from lemonade_hpc.config import Config
 from lemonade_hpc.run import budgets, leftovers, population, record, worker
-from lemonade_hpc.run.backends import Backend
+from lemonade_hpc.run.backends import Backend, Refused
 from lemonade_hpc.run.handle import Key, WorkerHandle
 from lemonade_hpc.run.journal import Event, Journal
 from lemonade_hpc.run.log import Message
 from lemonade_hpc.run.record import Attempt, History
 from lemonade_hpc.search import evolution
 
-POLL_S = 0.02
 BEAT_S = 2.0
 ASSIGNED_AHEAD = 2
 """Children a worker has at a time: one in training, the next one waiting."""
@@ -64,6 +63,7 @@ class Coordinator:
         self.run, self.config, self.history = run, config, history
         self.stop_signal: int | None = None
         self._journal, self._backend, self._observer = journal, backend, observer
+        self._poll_s = config.cluster.poll_s or 0.0
         self._handles: dict[str, WorkerHandle] = {}
         self._adopted: frozenset[str] = frozenset()
         self._unwritten: list[Event] = []
@@ -80,7 +80,7 @@ class Coordinator:
             self._turn()
             if self.stop_signal is not None:
                 raise Stopped(f"stopped by {signal.Signals(self.stop_signal).name}")
-            time.sleep(POLL_S)
+            time.sleep(self._poll_s)
         self._complete()
 
     def _turn(self) -> None:
@@ -309,7 +309,8 @@ class Coordinator:
         """Start workers up to the number wanted, as far as children wait for one; it is on record before it is done."""
         idle = sum(not handle.tasks for handle in self._handles.values())
         count = min(self.config.cluster.workers - len(self._handles), waiting - idle)
-        if count <= 0 or not self._backend.ready():
+        count = min(count, self._backend.room()) if count > 0 else 0
+        if not count:
             return
         names = [f"e{self._journal.epoch}w{self._num_named + k:02d}" for k in range(count)]
         self._num_named += count
@@ -320,7 +321,10 @@ class Coordinator:
         self._record({"event": "launched", "workers": names})
         self._write()
         self._handles |= {name: WorkerHandle(self.run, self._journal.epoch, name) for name in names}
-        self._backend.launch(names)
+        try:
+            self._backend.launch(names)
+        except Refused as error:
+            raise RunFailed(f"no worker can be started: {error}") from error
 
     def adopt(self) -> None:
         """Take over the workers of earlier coordinators, living or dead.
@@ -348,10 +352,14 @@ class Coordinator:
         self._check_lease()
         self.history.release()
         useless = leftovers.half_made(self.run) + leftovers.lost_attempts(self.run, self.history)
-        for path in (*useless, *leftovers.jobs(self.run, self._handles)):
+        for path in (*useless, *leftovers.jobs(self.run, self._launches())):
             files.remove(path)
         self._remove_replaced()
         self._delete(leftovers.unneeded(self.run, self.history))
+
+    def _launches(self) -> set[str]:
+        """Launches of workers that may live."""
+        return {launch for launch, _ in self.history.workers.values()}
 
     def _remove_replaced(self) -> None:
         for path in leftovers.replaced(self.run, self.history, self._journal.epoch):
@@ -398,13 +406,14 @@ class Coordinator:
         has taken over the workers too: they are left alone.
         """
         if not self._superseded():
-            self._stop_workers()
+            if not self._backend.lasting or self.history.complete is not None:
+                self._stop_workers()
             with contextlib.suppress(OSError, RunFailed):
                 self._commit()
                 self._write()
         if not self._superseded():
             self._backend.close()
-            for path in leftovers.jobs(self.run, ()):
+            for path in leftovers.jobs(self.run, self._launches()):
                 files.remove(path)
         for handle in self._handles.values():
             handle.close()
@@ -422,7 +431,7 @@ class Coordinator:
                     handle.said_bye is not None or not self._backend.alive(handle.name)
                 ):
                     self._dismiss(handle)
-            time.sleep(POLL_S)
+            time.sleep(self._poll_s)
         if self._superseded():
             return
         for handle in list(self._handles.values()):

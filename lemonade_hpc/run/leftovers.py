@@ -34,7 +34,7 @@ def lost_attempts(run: Path, history: History) -> list[Path]:
 
 
 def jobs(run: Path, living: Collection[str]) -> list[Path]:
-    """What submitit keeps for workers that are not among the `living`: pickles, which nothing that lasts may be."""
+    """What submitit keeps for launches that are not among the `living`: pickles, which nothing that lasts may be."""
     return [path for path in (run / files.WORKERS).glob("*/job") if path.parent.name not in living]
 
 

@@ -35,7 +35,11 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     Raises ConfigError (the user's input, nothing was written), RunFailed, RecordError or StoreError (exit code 1),
     Stopped (the same call goes on).
     """
-    if config.cluster.device == "cuda" and not backends.may_have_gpu():
+    if config.cluster.backend == "slurm":
+        from lemonade_hpc.run import slurm
+
+        slurm.check(config.cluster)
+    elif config.cluster.device == "cuda" and not backends.may_have_gpu():
         raise ConfigError("cluster.device: got cuda, but this machine has no GPU; allowed: auto, cpu, cuda")
     data = data_sets.load(config.data)
     config = resolve(config, data.shape)
@@ -53,7 +57,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                 journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over)
         for text in (*loaded.warnings, *_overspent(history)):
             observer.note(text)
-        coordinator = Coordinator(run, config, history, journal, _backend(run, config), observer)
+        coordinator = Coordinator(run, config, history, journal, _backend(run, config, observer), observer)
         with _signals(coordinator):
             try:
                 coordinator.adopt()
@@ -146,8 +150,12 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _backend(run: Path, config: Config) -> Backend:
-    return InlineBackend(run) if config.cluster.backend == "inline" else LocalBackend(run, config.cluster)
+def _backend(run: Path, config: Config, observer: Observer) -> Backend:
+    if config.cluster.backend == "slurm":
+        from lemonade_hpc.run.slurm import SlurmBackend
+
+        return SlurmBackend(run, record.read_identity(run)["run"], config.cluster, observer.note)
+    return (InlineBackend if config.cluster.backend == "inline" else LocalBackend)(run, config.cluster)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -31,7 +31,6 @@ from lemonade_hpc.run.log import LogReader, LogWriter, Message
 
 TRAINER = ("-m", "lemonade_hpc.learn.child")
 """What a trainer process runs."""
-POLL_S = 0.02
 BEAT_S = 5.0
 UNFIT = "unfit"
 """Why a worker leaves that cannot start trainers."""
@@ -229,6 +228,7 @@ class Worker:
         self._owner = owned["owner"]
         cluster = owned["config"]["cluster"]
         self._idle_exit_s, self._timeout_s = cluster["idle_exit_min"] * 60, cluster["child_timeout_min"] * 60
+        self.poll_s = cluster["poll_s"]
         return True
 
     def _orphaned(self, now: float) -> bool:
@@ -326,14 +326,15 @@ class Worker:
         return False
 
 
-def serve(run: str, name: str, gpu: str | None) -> None:
+def serve(run: str, name: str, environment: Mapping[str, str | None] | None = None) -> None:
     """A worker's whole life, in its own process and session; what submitit calls.
 
-    `gpu`: the CUDA_VISIBLE_DEVICES of its trainers; None leaves it to torch to find any.
+    `environment`: variables that its trainers are to see, None those that they are not.
     """
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    for key, value in (environment or {}).items():
+        os.environ.pop(key, None)
+        if value is not None:
+            os.environ[key] = value
     with contextlib.suppress(PermissionError):  # already the leader of its session
         os.setsid()
     folder = Path(run)
@@ -346,4 +347,4 @@ def serve(run: str, name: str, gpu: str | None) -> None:
     for which in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(which, stop)
     while worker.step():
-        time.sleep(POLL_S)
+        time.sleep(worker.poll_s)

@@ -22,7 +22,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import lemonade_hpc
+
 USER = "lemonade"
+PACKAGE = Path(lemonade_hpc.__file__).parents[1]
 NODES = tuple(f"n{k}" for k in range(1, 5))
 START_S = 60.0
 CONFIG = """
@@ -127,7 +130,14 @@ class Slurm:
     def environment(self) -> dict[str, str]:
         """The ordinary user's environment."""
         keep = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SUBMITIT"))}
-        return {**keep, **self.environ, "HOME": self.user.pw_dir, "USER": USER, "LOGNAME": USER}
+        return {
+            **keep,
+            **self.environ,
+            "PYTHONPATH": str(PACKAGE),
+            "HOME": self.user.pw_dir,
+            "USER": USER,
+            "LOGNAME": USER,
+        }
 
     def jobs(self) -> list[dict[str, str]]:
         """Every job and array task that the controller knows, with name, state, node and exit code."""
@@ -168,6 +178,17 @@ def ensure_user() -> bool:
     return True
 
 
+def open_way(*paths: Path) -> dict[Path, int]:
+    """Let everybody pass the folders above these paths, such as root's home; those that were shut, with their modes."""
+    changed = {}
+    for folder in {folder for path in paths for folder in path.parents}:
+        mode = folder.stat().st_mode & 0o7777
+        if not mode & 0o001:
+            folder.chmod(mode | 0o001)
+            changed[folder] = mode
+    return changed
+
+
 @contextmanager
 def cluster(max_array: int = 1001) -> Iterator[Slurm]:
     """A Slurm that is up, all nodes idle; stopped, with everything it wrote removed, at the end."""
@@ -176,7 +197,10 @@ def cluster(max_array: int = 1001) -> Iterator[Slurm]:
     missing = [name for name in ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd") if not shutil.which(name)]
     if missing:
         raise RuntimeError(f"{', '.join(missing)}: not installed; Debian: slurm-wlm slurmdbd munge mariadb-server")
-    made = ensure_user()
+    made, opened = (
+        ensure_user(),
+        open_way(Path(sys.executable), Path(sys.executable).resolve(), PACKAGE / "lemonade_hpc"),
+    )
     folder = Path(tempfile.mkdtemp(prefix="lemonade-slurm-"))
     folder.chmod(0o755)
     slurm = Slurm(folder)
@@ -186,6 +210,8 @@ def cluster(max_array: int = 1001) -> Iterator[Slurm]:
     finally:
         _stop(slurm)
         shutil.rmtree(folder, ignore_errors=True)
+        for path, mode in opened.items():
+            path.chmod(mode)
         if made:
             subprocess.run(["userdel", "--remove", USER], check=False, capture_output=True)
 

@@ -124,6 +124,8 @@ class FakeTrainer:
 class FakeBackend:
     """Real workers with fake trainers, in this process. `seed` shuffles who works when; `die` is a kill -9."""
 
+    lasting = False
+
     def __init__(self, run: Path, behave: Behave = lambda task: None, seed: int | None = None) -> None:
         self.run, self.behave = run, behave
         self.workers: dict[str, worker.Worker] = {}
@@ -131,8 +133,8 @@ class FakeBackend:
         self.closed = False
         self._rng = None if seed is None else random.Random(seed)
 
-    def ready(self) -> bool:
-        return True
+    def room(self) -> int:
+        return 100
 
     def launch(self, names: Sequence[str]) -> None:
         for name in names:
@@ -200,7 +202,7 @@ def search(
 ) -> History:
     """`session.search` with fake trainers, or with the given backend."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "_backend", lambda run, config: backend or FakeBackend(run, behave))
+        patch.setattr(session, "_backend", lambda run, config, observer: backend or FakeBackend(run, behave))
         return session.search(settings, run, notes or Notes(), take_over=take_over)
 
 

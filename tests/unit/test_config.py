@@ -131,8 +131,8 @@ def test_a_slip_is_answered_with_the_nearest_match(text, hint):
 def test_a_value_of_the_wrong_type_is_refused_for_every_key(key):
     section, name = key.split(".")
     given = {"data": {"name": "digits"}, section: {"name": "digits"} if section == "data" else {}}
-    given[section][name] = {"a": 1}
-    assert f"some.yaml: {key}: got {{'a': 1}}; it must be " in refusal(yaml.safe_dump(given))
+    wrong = given[section][name] = {"a": 1} if key != "cluster.extra" else ["a"]
+    assert f"some.yaml: {key}: got {wrong}; it must be " in refusal(yaml.safe_dump(given))
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if value(parse(""), key) is not None])
@@ -330,8 +330,13 @@ def test_resolve_fills_in_every_default_and_twice_is_once(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_resolve_keeps_what_was_given(shape):
     text = "{epochs: 7, initial_epochs: 3, distill_epochs: 0, lr: 0.3, initial_lr: 0.2, pad: 0, flip: true, cutout: 1, "
-    given = parse(f"training: {text} mixup: 0.5, weight_decay: 0.01, deterministic: true}}")
+    given = parse(f"training: {text} mixup: 0.5, weight_decay: 0.01, deterministic: true}}\ncluster: {{poll_s: 0.5}}")
     assert config.resolve(given, shape) == given
+
+
+def test_logs_are_looked_at_seldom_on_shared_storage():
+    for backend, seconds in (("local", 0.02), ("slurm", 1.0)):
+        assert config.resolve(parse(f"cluster: {{backend: {backend}}}"), (1, 8, 8)).cluster.poll_s == seconds
 
 
 def test_resolve_knows_small_images_and_grey_ones_and_the_mode():

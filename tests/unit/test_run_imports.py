@@ -9,7 +9,7 @@ import pytest
 
 RING = [
     "coordinator", "worker", "session", "backends", "budgets", "handle", "journal", "lease", "leftovers", "log",
-    "owner", "population", "record", "status", "store", "verify",
+    "owner", "population", "record", "slurm", "status", "store", "verify",
 ]  # fmt: skip
 HEAVY = ("torch", "torchvision", "submitit", "sklearn", "matplotlib", "lemonade_hpc.learn")
 

@@ -427,10 +427,11 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert codes == [3]
 
 
-def test_the_configured_backend_is_used() -> None:
-    for name, kind in (("inline", "InlineBackend"), ("local", "LocalBackend")):
+def test_the_configured_backend_is_used(run: Path) -> None:
+    session._prepare(SETTINGS, doubles.images(), run)
+    for name, kind in (("inline", "InlineBackend"), ("local", "LocalBackend"), ("slurm", "SlurmBackend")):
         settings = doubles.config(cluster={"backend": name})
-        assert type(session._backend(Path("run"), settings)).__name__ == kind
+        assert type(session._backend(run, settings, doubles.Notes())).__name__ == kind
 
 
 def test_a_run_starts_with_its_identity(run: Path) -> None:

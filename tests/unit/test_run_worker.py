@@ -522,11 +522,11 @@ def test_serve_is_a_workers_whole_life(tmp_path: Path, monkeypatch: pytest.Monke
     handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
     before = {which: signal.getsignal(which) for which in handled}
     try:
-        worker.serve(str(desk.run), NAME, "1")
+        worker.serve(str(desk.run), NAME, {"CUDA_VISIBLE_DEVICES": "1"})
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
         assert all(signal.getsignal(which) != before[which] for which in handled)
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)
-    assert bye(desk) == "signalled" and set(naps) == {worker.POLL_S}
+    assert bye(desk) == "signalled" and set(naps) == {0.02}
     desk.mailbox.close()

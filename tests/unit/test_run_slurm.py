@@ -1,0 +1,286 @@
+"""The Slurm backend beneath a real Slurm: what it asks for, what answers mean, and how seldom it asks.
+
+`tests/cluster/` runs it on a real one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lemonade_hpc import config as configs
+from lemonade_hpc.config import Cluster, ConfigError
+from lemonade_hpc.run import session, slurm
+from lemonade_hpc.run.coordinator import RunFailed
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import run_doubles as doubles  # noqa: E402
+
+HELLO = [{"say": "hello"}]
+SBATCH = """#!/bin/bash
+echo "$@" >> "$0.calls"
+[ "$1" = --test-only ] && cat > "$0.script"
+[ -f "$0.says" ] && { cat "$0.says" >&2; exit 1; }
+echo Submitted batch job 77
+"""
+
+
+class Queue:
+    """A fake Slurm: what squeue shows, what was asked of it, and a clock."""
+
+    def __init__(self, bin: Path) -> None:
+        self.jobs: dict[str, tuple[str, str]] = {}
+        self.asked: list[tuple[str, ...]] = []
+        self.now = 1000.0
+        self.down = False
+        self.sbatch = bin / "sbatch"
+
+    def ask(self, *command: str) -> str | None:
+        self.asked.append(command)
+        if self.down:
+            return None
+        return "".join(f"{job}|{name}|{state}\n" for job, (name, state) in self.jobs.items())
+
+    def says(self, text: str) -> None:
+        """What sbatch refuses with."""
+        Path(f"{self.sbatch}.says").write_text(text)
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    made = Queue(folder)
+    for name in slurm.COMMANDS:
+        (folder / name).write_text(SBATCH)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "ask", made.ask)
+    monkeypatch.setattr(slurm.time, "monotonic", lambda: made.now)
+    return made
+
+
+@pytest.fixture
+def run() -> Iterator[Path]:
+    with doubles.folder() as made:
+        yield made
+
+
+def cluster(**more: Any) -> Cluster:
+    return Cluster(backend="slurm", **more)
+
+
+def backend(run: Path, **more: Any) -> tuple[slurm.SlurmBackend, list[str]]:
+    notes: list[str] = []
+    return slurm.SlurmBackend(run, "0123456789abcdef", cluster(**more), notes.append), notes
+
+
+def turns(one: slurm.SlurmBackend, queue: Queue, seconds: float) -> None:
+    """Let time pass in steps of a second."""
+    for _ in range(int(seconds)):
+        queue.now += 1
+        one.step()
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def test_the_batch_script_says_what_the_settings_say(tmp_path: Path) -> None:
+    settings = cluster(
+        partition="gpu", account="lab", qos="long", constraint="a100", exclude="n7", gpus_per_worker=2,
+        cpus_per_worker=3, mem_gb=1.5, time_min=90, setup=("module load cuda",),
+        extra={"reservation": "course", "exclusive": True},
+    )  # fmt: skip
+    lines = slurm.script(settings, "some-name", tmp_path).splitlines()
+    options = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH --")]
+    assert [o for o in options if not o.startswith(("output", "error", "open-mode", "signal"))] == [
+        "account=lab", "constraint=a100", "cpus-per-task=3", "exclude=n7", "exclusive", "gres=gpu:2",
+        "job-name=some-name", "mem=1536M", "no-requeue", "nodes=1", "partition=gpu", "qos=long", "reservation=course",
+        "time=90",
+    ]  # fmt: skip
+    assert "module load cuda" in lines and "export OMP_NUM_THREADS=3" in lines
+    assert [line for line in lines if line.startswith("srun ") and "--cpus-per-task=3" in line]
+
+
+def test_what_is_not_set_is_not_asked_for(tmp_path: Path) -> None:
+    text = slurm.script(cluster(gpus_per_worker=0), "some-name", tmp_path)
+    for option in ("gres", "wckey", "partition", "account", "qos", "constraint", "exclude"):
+        assert f"--{option}" not in text
+    assert "--gres=gpu:h100:1" in slurm.script(cluster(gres="gpu:h100:1"), "some-name", tmp_path)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_refusal_is_told_before_anything_is_written(run: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.data_sets, "load", lambda data: doubles.images())
+    queue.says("sbatch: error: invalid partition specified: nosuch\n")
+    settings = doubles.config(cluster={"backend": "slurm", "partition": "nosuch"})
+    with pytest.raises(ConfigError, match=r"cluster: Slurm refuses a worker .*It says: .*invalid partition.*nosuch$"):
+        session.search(settings, run, doubles.Notes())
+    assert not run.exists()
+    assert "--partition=nosuch" in Path(f"{queue.sbatch}.script").read_text()
+
+
+def test_a_slurm_that_does_not_answer_just_now_is_no_refusal(queue: Queue) -> None:
+    queue.says("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    slurm.check(cluster())
+
+
+@pytest.mark.parametrize("gone", slurm.COMMANDS)
+def test_a_missing_command_is_named(queue: Queue, monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
+    monkeypatch.setenv("PATH", str(queue.sbatch.parent))
+    (queue.sbatch.parent / gone).unlink()
+    with pytest.raises(ConfigError, match=rf"got slurm, but {gone} cannot be found here"):
+        slurm.check(cluster())
+
+
+def test_a_refused_submission_ends_the_run_in_slurms_words(
+    run: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubles.install(monkeypatch)
+    queue.says("sbatch: error: Invalid account or account/partition combination specified")
+    settings = doubles.config(cluster={"backend": "slurm", "workers": 4})
+    session._prepare(settings, doubles.images(), run)
+    made = doubles.start(run, settings, backend(run, workers=4)[0])
+    with pytest.raises(RunFailed, match=r"no worker can be started: .*Invalid account or account/partition"):
+        made.search()
+    made.close()
+
+
+# ---------------------------------------------------------------- launches
+
+
+def test_a_launch_is_one_call_and_the_next_waits(run: Path, queue: Queue) -> None:
+    one, _ = backend(run, max_array=3)
+    assert one.room() == 3
+    one.launch(["w0", "w1", "w2"])
+    assert len(Path(f"{queue.sbatch}.calls").read_text().splitlines()) == 1
+    queue.now += 9
+    assert one.room() == 0
+    queue.now += 1
+    assert one.room() == 3
+    for script in (run / "workers/w0/job").glob("*.sh"):
+        assert "--array=0-2%3" in script.read_text() and "--job-name=lemonade-01234567-w0" in script.read_text()
+    assert len(list((run / "workers/w0/job").glob("77_*_submitted.pkl"))) == 3
+
+
+def test_a_submission_that_timed_out_though_it_was_accepted_is_found_and_given_its_tasks(
+    run: Path, queue: Queue
+) -> None:
+    queue.says("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    one, notes = backend(run)
+    one.launch(["w0", "w1"])
+    assert len(notes) == 1 and "Socket timed out" in notes[0]
+    queue.jobs = {f"99_{k}": ("lemonade-01234567-w0", "PENDING") for k in range(2)}
+    turns(one, queue, 300)
+    assert one.alive("w0") and one.alive("w1")
+    assert sorted(p.name for p in (run / "workers/w0/job").glob("99_*")) == ["99_0_submitted.pkl", "99_1_submitted.pkl"]
+
+
+def test_a_submission_that_timed_out_and_was_not_accepted_is_given_up(run: Path, queue: Queue) -> None:
+    queue.says("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    one, _ = backend(run)
+    one.launch(["w0"])
+    turns(one, queue, 59)
+    assert one.alive("w0")  # seen missing once
+    turns(one, queue, 62)
+    assert not one.alive("w0")
+
+
+def test_what_another_coordinator_submitted_is_found_by_name(run: Path, queue: Queue) -> None:
+    one, _ = backend(run)
+    one.adopt("w1", "w0", 1)
+    queue.jobs = {"5_1": ("lemonade-01234567-w0", "RUNNING"), "5_0": ("lemonade-01234567-w0", "FAILED")}
+    turns(one, queue, 200)
+    assert one.alive("w1")
+    one.kill("w1")
+    assert queue.asked[-1] == ("scancel", "5_1")
+
+
+# ---------------------------------------------------------------- lives
+
+
+@pytest.mark.parametrize("state", sorted(slurm.ENDED))
+def test_a_job_that_has_ended_counts_as_gone_once_that_is_seen_twice(run: Path, queue: Queue, state: str) -> None:
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    queue.jobs = {"5": ("lemonade-01234567-w0", state)}
+    turns(one, queue, 30)
+    assert one.alive("w0")
+    turns(one, queue, 60)
+    assert not one.alive("w0")
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "SUSPENDED", "REQUEUED", "COMPLETING", "SOMETHING_NEW"])
+def test_any_other_state_is_a_life(run: Path, queue: Queue, state: str) -> None:
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    queue.jobs = {"5": ("lemonade-01234567-w0", state)}
+    turns(one, queue, 2000)
+    assert one.alive("w0")
+
+
+def test_a_failed_query_is_not_no_job(run: Path, queue: Queue) -> None:
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    queue.down = True
+    turns(one, queue, 5000)
+    assert one.alive("w0")
+
+
+def test_a_worker_that_speaks_is_alive_whatever_slurm_says(run: Path, queue: Queue) -> None:
+    """With its slurmd killed, its node counts as failed, and it goes on."""
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    queue.jobs = {"5": ("lemonade-01234567-w0", "NODE_FAIL")}
+    for _ in range(100):
+        one.heard("w0", HELLO)
+        turns(one, queue, 5)
+    assert one.alive("w0") and queue.asked == []
+    turns(one, queue, 300)
+    assert not one.alive("w0")
+
+
+def test_one_that_was_at_work_may_be_missing_for_a_while(run: Path, queue: Queue) -> None:
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    one.heard("w0", HELLO)
+    turns(one, queue, 800)
+    assert one.alive("w0")
+    turns(one, queue, 300)
+    assert not one.alive("w0")
+
+
+def test_slurm_is_asked_once_a_minute_at_most_and_never_while_all_speak(run: Path, queue: Queue) -> None:
+    one, _ = backend(run)
+    names = [f"w{k}" for k in range(50)]
+    for k, name in enumerate(names):
+        one.adopt(name, "w0", k)
+    queue.jobs = {f"5_{k}": ("lemonade-01234567-w0", "PENDING") for k in range(50)}
+    turns(one, queue, 3600)
+    assert len(queue.asked) == 60
+    for _ in range(600):
+        for name in names:
+            one.heard(name, HELLO)
+        turns(one, queue, 1)
+    assert len(queue.asked) == 60
+
+
+def test_jobs_of_others_are_not_ours(run: Path, queue: Queue) -> None:
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    queue.jobs = {"5": ("lemonade-other000-w0", "RUNNING"), "6": ("my job", "RUNNING")}
+    turns(one, queue, 200)
+    assert not one.alive("w0")
+
+
+def test_settings_of_slurm_have_defaults_that_a_site_takes() -> None:
+    settings = configs.from_dict({"data": {"name": "digits"}, "cluster": {"backend": "slurm"}}, "test").cluster
+    assert (settings.time_min, settings.gpus_per_worker, settings.wckey) == (240, 1, None)
