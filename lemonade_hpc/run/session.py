@@ -35,14 +35,10 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     Raises ConfigError (the user's input, nothing was written), RunFailed, RecordError or StoreError (exit code 1),
     Stopped (the same call goes on).
     """
-    if config.cluster.backend == "slurm":
-        from lemonade_hpc.run import slurm
-
-        slurm.check(config.cluster)
-    elif config.cluster.device == "cuda" and not backends.may_have_gpu():
-        raise ConfigError("cluster.device: got cuda, but this machine has no GPU; allowed: auto, cpu, cuda")
     data = data_sets.load(config.data)
     config = resolve(config, data.shape)
+    if new := not (run / files.RUN).exists():
+        _check_backend(config)
     try:
         fixed = _prepare(config, data, run)
         journal = None
@@ -53,6 +49,8 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                 for text in _overspent(history):
                     observer.note(text)
                 return history
+            if not new:
+                _check_backend(config)
             with suppress(lease.Behind):
                 journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over)
         for text in (*loaded.warnings, *_overspent(history)):
@@ -69,6 +67,16 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
             raise
         raise Stopped(f"cannot write: {files.in_words(error)}") from error
     return history
+
+
+def _check_backend(config: Config) -> None:
+    """Raise ConfigError where no worker could be started, as far as that can be known beforehand."""
+    if config.cluster.backend == "slurm":
+        from lemonade_hpc.run import slurm
+
+        slurm.check(config.cluster)
+    elif config.cluster.device == "cuda" and not backends.may_have_gpu():
+        raise ConfigError("cluster.device: got cuda, but this machine has no GPU; allowed: auto, cpu, cuda")
 
 
 def _overspent(history: History) -> Iterator[str]:

@@ -40,6 +40,8 @@ ENDED = frozenset({
 """States that a job which is not requeued never leaves; any other, known or not, is a life."""
 TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again", "maxsubmit")
 """What sbatch says, among other words, where the same call may succeed later."""
+NODES_MAY_BE_DOWN = "requested node configuration is not available"
+"""What `sbatch --test-only` says where sbatch itself would let the job wait, or refuse it in the same words."""
 
 
 def check(cluster: Cluster) -> None:
@@ -56,7 +58,7 @@ def check(cluster: Cluster) -> None:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         return
-    if done.returncode and not _may_pass(done.stderr):
+    if done.returncode and not _may_pass(done.stderr) and NODES_MAY_BE_DOWN not in done.stderr.lower():
         raise ConfigError(
             f"cluster: Slurm refuses a worker as these settings describe it. It says: {done.stderr.strip()}"
         )

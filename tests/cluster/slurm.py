@@ -116,6 +116,16 @@ class Slurm:
         """Start one slurmd."""
         self.start(name, "slurmd", "-D", "-N", name, "-f", self.folder / "slurm.conf")
 
+    def start_accounting(self) -> None:
+        """Start slurmdbd."""
+        self.start("slurmdbd", "slurmdbd", "-D")
+        wait_for("slurmdbd answers", lambda: self.run("sacctmgr", "-n", "show", "cluster", root=True) is not None)
+
+    def start_controller(self) -> None:
+        """Start slurmctld."""
+        self.start("slurmctld", "slurmctld", "-D", "-f", self.folder / "slurm.conf")
+        wait_for("slurmctld answers", lambda: "UP" in self.run("scontrol", "ping"))
+
     def run(self, *command: str | Path, check: bool = True, root: bool = False, **options: Any) -> str:
         """The standard output of a command, run as the ordinary user."""
         who: dict[str, Any] = {} if root else {"user": self.user.pw_uid, "group": self.user.pw_gid}
@@ -234,12 +244,11 @@ def _start(slurm: Slurm, max_array: int) -> None:
     (folder / "slurmdbd.conf").write_text(DBD_CONFIG.format(**words))
     _start_munge(slurm)
     _start_database(slurm, sql_port)
-    slurm.start("slurmdbd", "slurmdbd", "-D")
-    wait_for("slurmdbd answers", lambda: slurm.run("sacctmgr", "-n", "show", "cluster", root=True) is not None)
+    slurm.start_accounting()
     slurm.run("sacctmgr", "-i", "add", "cluster", "lemonade", root=True, check=False)
     slurm.run("sacctmgr", "-i", "add", "account", "lab", root=True)
     slurm.run("sacctmgr", "-i", "add", "user", USER, "account=lab", root=True)
-    slurm.start("slurmctld", "slurmctld", "-D", "-f", folder / "slurm.conf")
+    slurm.start_controller()
     for name in NODES:
         slurm.start_node(name)
     wait_for(

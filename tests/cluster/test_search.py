@@ -105,6 +105,19 @@ def finished(slurm: Slurm, home: Path, expected: list[Any]) -> list[str]:
     return sorted({job["name"] for job in slurm.jobs() if run_id in job["name"]})
 
 
+def begun(slurm: Slurm, home: Path) -> subprocess.Popen[str]:
+    """A search in the middle of its work, on four nodes."""
+    search = start(slurm, home, *LEMONADE, "search", "slurm.yaml", "--run", "run")
+    wait_for("children are trained", lambda: len(list((home / "run/children").glob("*/*"))) > 4)
+    return search
+
+
+def ended(search: subprocess.Popen[str]) -> None:
+    """Wait for a search to complete."""
+    _, err = search.communicate(timeout=150)
+    assert search.returncode == 0, err
+
+
 def test_the_front_is_that_of_the_local_backend_bit_for_bit(slurm: Slurm, home: Path, expected: list[Any]) -> None:
     names = finished(slurm, home, expected)
     assert len(names) == 1 and names[0].endswith("-e1w00")  # one array of four
@@ -116,8 +129,7 @@ def test_the_front_is_that_of_the_local_backend_bit_for_bit(slurm: Slurm, home: 
 def test_a_coordinator_that_is_killed_is_followed_by_one_that_adopts_its_workers(
     slurm: Slurm, home: Path, expected: list[Any]
 ) -> None:
-    first = start(slurm, home, *LEMONADE, "search", "slurm.yaml", "--run", "run")
-    wait_for("children are trained", lambda: len(list((home / "run/children").glob("*/*"))) > 4)
+    first = begun(slurm, home)
     first.kill()
     first.communicate()
     assert len(finished(slurm, home, expected)) == 1
@@ -126,8 +138,7 @@ def test_a_coordinator_that_is_killed_is_followed_by_one_that_adopts_its_workers
 def test_a_coordinator_that_is_told_to_stop_leaves_its_workers_at_work(
     slurm: Slurm, home: Path, expected: list[Any]
 ) -> None:
-    first = start(slurm, home, *LEMONADE, "search", "slurm.yaml", "--run", "run")
-    wait_for("children are trained", lambda: len(list((home / "run/children").glob("*/*"))) > 4)
+    first = begun(slurm, home)
     first.send_signal(signal.SIGTERM)
     _, err = first.communicate(timeout=60)
     assert first.returncode == 3 and "Nothing is lost. To go on:" in err
@@ -147,12 +158,55 @@ def test_a_coordinator_that_is_killed_around_sbatch_submits_nothing_twice(
 
 
 def test_a_worker_that_is_cancelled_gives_its_children_back(slurm: Slurm, home: Path, expected: list[Any]) -> None:
-    search = start(slurm, home, *LEMONADE, "search", "slurm.yaml", "--run", "run")
-    wait_for("children are trained", lambda: len(list((home / "run/children").glob("*/*"))) > 4)
+    search = begun(slurm, home)
     slurm.run("scancel", running(slurm)[0]["id"])
-    _, err = search.communicate(timeout=150)
-    assert search.returncode == 0, err
+    ended(search)
     finished(slurm, home, expected)
+
+
+def test_a_slurmctld_that_is_down_disturbs_nobody(slurm: Slurm, home: Path, expected: list[Any]) -> None:
+    search = begun(slurm, home)
+    slurm.stop("slurmctld")
+    ended(search)
+    slurm.start_controller()
+    finished(slurm, home, expected)
+
+
+def test_a_slurmdbd_that_is_down_disturbs_nobody(slurm: Slurm, home: Path, expected: list[Any]) -> None:
+    slurm.stop("slurmdbd")
+    finished(slurm, home, expected)
+    slurm.start_accounting()
+
+
+def test_a_worker_whose_slurmd_is_killed_goes_on(slurm: Slurm, home: Path, expected: list[Any]) -> None:
+    search = begun(slurm, home)
+    slurm.stop("n1", signal.SIGKILL)
+    ended(search)
+    slurm.start_node("n1")
+    finished(slurm, home, expected)
+    wait_for("the node is back", lambda: "idle 4" in slurm.run("sinfo", "-h", "-p", "main", "-o", "%T %D"))
+
+
+def test_a_worker_that_is_suspended_for_a_while_is_waited_for(slurm: Slurm, home: Path, expected: list[Any]) -> None:
+    search = begun(slurm, home)
+    job = running(slurm)[0]["id"]
+    slurm.run("scontrol", "suspend", job, root=True)
+    wait_for("it is suspended", lambda: any(j["state"] == "SUSPENDED" for j in slurm.jobs()))
+    assert search.poll() is None
+    slurm.run("scontrol", "resume", job, root=True)
+    ended(search)
+    assert len(finished(slurm, home, expected)) == 1
+
+
+def test_workers_that_are_preempted_come_back_when_there_is_room(slurm: Slurm, home: Path, expected: list[Any]) -> None:
+    """All four nodes are taken from it for a while: Slurm sends SIGTERM, and ends jobs that may not be requeued."""
+    search = begun(slurm, home)
+    slurm.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 3", "--output=/dev/null")
+    ended(search)
+    names = finished(slurm, home, expected)
+    assert len(names) > 1
+    states = {job["state"] for job in slurm.jobs() if job["name"] == names[0]}
+    assert states & {"PREEMPTED", "COMPLETED", "FAILED", "CANCELLED"}
 
 
 def test_a_partition_that_does_not_exist_is_refused_in_slurms_words(slurm: Slurm, home: Path) -> None:

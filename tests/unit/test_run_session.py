@@ -342,6 +342,8 @@ def test_a_gpu_that_is_asked_for_where_there_is_none_is_refused(run: Path, monke
     assert not run.exists()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f1c")
     assert doubles.search(run, settings).state.complete  # the fakes need none
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doubles.search(run, settings).state.complete  # there is nothing to do
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,16 @@ def test_a_refusal_is_told_before_anything_is_written(run: Path, queue: Queue, m
     assert "--partition=nosuch" in Path(f"{queue.sbatch}.script").read_text()
 
 
-def test_a_slurm_that_does_not_answer_just_now_is_no_refusal(queue: Queue) -> None:
-    queue.says("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+@pytest.mark.parametrize(
+    "said",
+    [
+        "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+        "allocation failure: Unable to contact slurm controller (connect failure)",
+        "allocation failure: Requested node configuration is not available",
+    ],
+)
+def test_a_slurm_that_cannot_say_just_now_is_no_refusal(queue: Queue, said: str) -> None:
+    queue.says(said)
     slurm.check(cluster())
 
 
