@@ -159,7 +159,9 @@ class Cluster(_Section):
     child_timeout_min: Annotated[Real, Field(gt=0)] = Field(240.0, description="a child that takes longer fails")
     retries: Count = Field(2, description="further attempts at a child whose trainer process died")
     # The rest is Slurm's.
-    time_min: Positive = Field(240, description="slurm: time limit of a worker")
+    time_min: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = Field(
+        240, description="slurm: time limit of a worker; it begins no child that might not end a minute before"
+    )
     gpus_per_worker: Count = Field(1, description="slurm: asked for as gres gpu:N")
     mem_gb: Annotated[Real, Field(gt=0)] = Field(16.0, description="slurm: memory of a worker")
     partition: str | None = Field(None, description="slurm, like the next ones: as sbatch takes it")

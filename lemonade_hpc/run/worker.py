@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -38,6 +39,8 @@ ORPHAN_S = 60.0
 """A coordinator whose heartbeat stands still for this long is gone."""
 ORPHAN_WAIT_S = 5.0
 """How long a worker that has finished its work waits for a successor of a coordinator that is gone."""
+SPARE_S = 60.0
+"""A child is to end this long before the time limit of the worker's job."""
 LOG_CAP = 2**20
 TAIL = 3000
 """Bytes of trainer output that are kept on file, and that a report of a crash quotes."""
@@ -183,7 +186,10 @@ class Worker:
         self._idle_since = self._beat_at = self._pulse_at = time.monotonic()
         self._pulse = -1
         self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), **owner.identity())
+        self._ends_at, self._longest_s = math.inf, 0.0
         self._follow()
+        if self._limit_s is not None:
+            self._ends_at = time.monotonic() + self._limit_s - SPARE_S
 
     def step(self) -> bool:
         """Do what there is to do without waiting; False once the worker has left."""
@@ -199,6 +205,10 @@ class Worker:
         if not self._attend():
             return self._leave(UNFIT)
         now = time.monotonic()
+        if self._current is None and self._out_of_time(now):
+            for task in self._queue:
+                self._return(task)
+            return self._leave("its time is nearly over")
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
             self._say("alive")
@@ -229,6 +239,7 @@ class Worker:
         cluster = owned["config"]["cluster"]
         self._idle_exit_s, self._timeout_s = cluster["idle_exit_min"] * 60, cluster["child_timeout_min"] * 60
         self.poll_s = cluster["poll_s"]
+        self._limit_s = cluster["time_min"] * 60 if cluster["backend"] == "slurm" else None
         return True
 
     def _orphaned(self, now: float) -> bool:
@@ -250,8 +261,15 @@ class Worker:
         elif message["do"] == "revoke":
             for task in [task for task in self._queue if _key(task) == _key(message)]:
                 self._queue.remove(task)
-                self._say("returned", durable=True, child=task["child"], attempt=task["attempt"])
+                self._return(task)
         return bool(message["do"] != "stop")
+
+    def _return(self, task: Message) -> None:
+        self._say("returned", durable=True, child=task["child"], attempt=task["attempt"])
+
+    def _out_of_time(self, now: float) -> bool:
+        """Whether a child as long as the longest so far would not end before the job does."""
+        return now + self._longest_s > self._ends_at
 
     # ------------------------------------------------------------ the trainer
 
@@ -270,7 +288,8 @@ class Worker:
                 self._bury(reason)
             elif self._current and time.monotonic() > self._deadline:
                 self._fail("timeout", f"longer than cluster.child_timeout_min = {self._timeout_s / 60:g} minutes")
-        if self._current is None and self._queue:
+        if self._current is None and self._queue and not self._out_of_time(time.monotonic()):
+            self._started_at = time.monotonic()
             self._current = self._queue.popleft()
             self._deadline = time.monotonic() + self._timeout_s
             if self._trainer is None:
@@ -293,6 +312,7 @@ class Worker:
                 self._current = None
         else:
             self._say("outcome", durable=True, outcome=message)
+            self._longest_s = max(self._longest_s, time.monotonic() - self._started_at)
             self._current = None
 
     def _bury(self, reason: str) -> None:

@@ -161,7 +161,7 @@ def test_a_worker_that_is_cancelled_gives_its_children_back(slurm: Slurm, home: 
     search = begun(slurm, home)
     slurm.run("scancel", running(slurm)[0]["id"])
     ended(search)
-    finished(slurm, home, expected)
+    assert finished(slurm, home, expected)
 
 
 def test_a_slurmctld_that_is_down_disturbs_nobody(slurm: Slurm, home: Path, expected: list[Any]) -> None:
@@ -169,12 +169,12 @@ def test_a_slurmctld_that_is_down_disturbs_nobody(slurm: Slurm, home: Path, expe
     slurm.stop("slurmctld")
     ended(search)
     slurm.start_controller()
-    finished(slurm, home, expected)
+    assert finished(slurm, home, expected)
 
 
 def test_a_slurmdbd_that_is_down_disturbs_nobody(slurm: Slurm, home: Path, expected: list[Any]) -> None:
     slurm.stop("slurmdbd")
-    finished(slurm, home, expected)
+    assert finished(slurm, home, expected)
     slurm.start_accounting()
 
 
@@ -183,7 +183,7 @@ def test_a_worker_whose_slurmd_is_killed_goes_on(slurm: Slurm, home: Path, expec
     slurm.stop("n1", signal.SIGKILL)
     ended(search)
     slurm.start_node("n1")
-    finished(slurm, home, expected)
+    assert finished(slurm, home, expected)
     wait_for("the node is back", lambda: "idle 4" in slurm.run("sinfo", "-h", "-p", "main", "-o", "%T %D"))
 
 

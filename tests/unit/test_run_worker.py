@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -255,6 +256,32 @@ def test_stop_ends_at_once(desk: Desk) -> None:
     desk.send({"do": "stop"}, task(2))
     assert not desk.worker.step()
     assert bye(desk) == "stopped by the coordinator" and desk.trainers[0].killed
+
+
+def test_a_worker_whose_time_is_nearly_over_gives_back_what_it_cannot_finish(desk: Desk) -> None:
+    """Its first child took 300 s: with 299 s to go it does not begin another."""
+    desk.words[0] = "hang"
+    desk.worker._ends_at = desk.clock.now + 599
+    desk.send(task(0), task(1), task(2))
+    desk.steps()
+    desk.clock.now += 300
+    desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
+    assert not desk.steps(3)
+    assert [message["outcome"]["child"] for message in desk.heard("outcome")] == [0]
+    desk._reader = LogReader(desk.run / files.done_log(NAME))
+    assert [message["child"] for message in desk.heard("returned")] == [1, 2]
+    desk._reader = LogReader(desk.run / files.done_log(NAME))
+    assert bye(desk) == "its time is nearly over"
+
+
+def test_only_workers_of_slurm_have_a_time_limit(desk: Desk) -> None:
+    assert desk.worker._ends_at == math.inf
+    owned = desk.run / files.owner(1)
+    content = json.loads(owned.read_text())
+    content["config"]["cluster"] |= {"backend": "slurm", "time_min": 10}
+    owned.write_text(json.dumps(content))
+    again = Worker(desk.run, NAME, desk._start_trainer)
+    assert again._ends_at == desk.clock.now + 600 - worker.SPARE_S
 
 
 def test_a_signal_ends_at_once(desk: Desk) -> None:
