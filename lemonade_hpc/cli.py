@@ -157,6 +157,15 @@ def show_status(
 
 
 @app.command()
+def cancel(run: RunFolder) -> None:
+    """End the coordinator and the workers of a run; the same search command goes on."""
+    from lemonade_hpc.run.cancel import cancel as end
+
+    done = end(run)
+    typer.echo(f"ended: {', '.join(done)}" if done else "nothing was running")
+
+
+@app.command()
 def front(
     run: RunFolder,
     as_json: Json = False,

@@ -102,7 +102,7 @@ class SlurmBackend:
 
     def __init__(self, run: Path, run_id: str, cluster: Cluster, note: Callable[[str], None]) -> None:
         self._run, self._cluster, self._note = run.resolve(), cluster, note
-        self._prefix = f"lemonade-{run_id[:8]}-"
+        self._run_id = run_id
         self._places: dict[str, Place] = {}
         self._heard_at: dict[str, float] = {}
         self._ended: dict[str, int] = {}
@@ -123,7 +123,7 @@ class SlurmBackend:
         self._places |= {name: (names[0], place) for place, name in enumerate(names)}
         self._submitted_at = time.monotonic()
         executor = SlurmExecutor(folder=self._folder(names[0]))
-        executor.update_parameters(**parameters(self._cluster, self._prefix + names[0]))
+        executor.update_parameters(**parameters(self._cluster, _prefix(self._run_id) + names[0]))
         try:
             jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
         except FailedJobError as error:
@@ -165,27 +165,14 @@ class SlurmBackend:
         now = time.monotonic()
         if now - self._queried_at >= self._cluster.status_s and any(map(self._silent, self._places)):
             self._queried_at = now
-            states = self._query()
-            if states is not None:
-                for name in self._places:
-                    self._judge(name, states)
+            jobs = jobs_of(self._run_id)
+            if jobs is not None:
+                self._jobs |= {place: job for place, (job, _) in jobs.items()}
+                for name, place in self._places.items():
+                    self._judge(name, jobs[place][1] if place in jobs else None)
 
-    def _query(self) -> dict[Place, str] | None:
-        """The state of every job of this run that Slurm shows; None where it gives no answer."""
-        answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T")
-        if answer is None:
-            return None
-        states: dict[Place, str] = {}
-        for line in answer.splitlines():
-            job, name, state = line.split("|")
-            if name.startswith(self._prefix):
-                place = name.removeprefix(self._prefix), int(job.partition("_")[2] or 0)
-                states[place], self._jobs[place] = state, job
-        return states
-
-    def _judge(self, name: str, states: dict[Place, str]) -> None:
+    def _judge(self, name: str, state: str | None) -> None:
         """What one answer says of one worker."""
-        state = states.get(self._places[name])
         if state is None and name in self._heard_at and not self._silent(name, UNSEEN_S):
             return  # it was at work: Slurm may have forgotten a job that still writes its last words
         if state is None or state in ENDED:
@@ -210,6 +197,23 @@ class SlurmBackend:
 
     def close(self) -> None:
         """Leave the workers as they are: they are told to stop by their mailboxes, if at all."""
+
+
+def _prefix(run_id: str) -> str:
+    return f"lemonade-{run_id[:8]}-"
+
+
+def jobs_of(run_id: str) -> dict[Place, tuple[str, str]] | None:
+    """Id and state of every job of a run that Slurm shows; None where it gives no answer."""
+    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T")
+    if answer is None:
+        return None
+    found: dict[Place, tuple[str, str]] = {}
+    for line in answer.splitlines():
+        job, name, state = line.split("|")
+        if name.startswith(_prefix(run_id)):
+            found[name.removeprefix(_prefix(run_id)), int(job.partition("_")[2] or 0)] = (job, state)
+    return found
 
 
 def ask(*command: str) -> str | None:

@@ -157,6 +157,17 @@ def test_a_coordinator_that_is_killed_around_sbatch_submits_nothing_twice(
     assert len(finished(slurm, home, expected)) == 1
 
 
+def test_a_run_is_cancelled_as_a_whole_and_goes_on(slurm: Slurm, home: Path, expected: list[Any]) -> None:
+    search = begun(slurm, home)
+    code, out, err = lemonade(slurm, home, "cancel", "run")
+    assert (code, err) == (0, "") and out.startswith("ended: coordinator (process ") and out.count("job ") == 4
+    search.communicate(timeout=60)
+    assert search.returncode == 3
+    wait_for("no job is left", lambda: not running(slurm), 30)
+    assert lemonade(slurm, home, "cancel", "run") == (0, "nothing was running\n", "")
+    assert len(finished(slurm, home, expected)) == 2
+
+
 def test_a_worker_that_is_cancelled_gives_its_children_back(slurm: Slurm, home: Path, expected: list[Any]) -> None:
     search = begun(slurm, home)
     slurm.run("scancel", running(slurm)[0]["id"])
