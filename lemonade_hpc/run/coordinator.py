@@ -274,11 +274,13 @@ class Coordinator:
         """Assign what waits to workers with room; start workers while there is work for them."""
         for failure in budgets.spent(self.history, self.config.cluster.retries):
             self._arrived.setdefault(failure["child"], failure)
-        waiting = [n for n in sorted(self.history.state.in_flight) if n not in self._arrived and not self._running(n)]
-        self._start_workers(len(waiting))
+        due = [number for number in sorted(self.history.state.in_flight) if number not in self._arrived]
+        self._start_workers(len(due))
+        waiting = [number for number in due if not self._running(number)]
+        present = [handle for handle in self._handles.values() if handle.present]
         chosen: list[tuple[WorkerHandle, Key]] = []
         for number in waiting:
-            handle = min(self._handles.values(), key=lambda one: len(one.tasks), default=None)
+            handle = min(present, key=lambda one: len(one.tasks), default=None)
             if handle is None or len(handle.tasks) >= ASSIGNED_AHEAD:
                 break
             key = (number, f"e{self._journal.epoch}a{len(self.history.attempts[number]) + 1}")
@@ -289,12 +291,12 @@ class Coordinator:
         for handle, key in chosen:
             handle.assign(key)
         if not waiting:
-            self._level()
+            self._level(present)
 
-    def _level(self) -> None:
+    def _level(self, present: list[WorkerHandle]) -> None:
         """Ask for children that wait behind another back, one for each worker that has none."""
-        idle = sum((not handle.tasks) - handle.recalling for handle in self._handles.values())
-        for handle in self._handles.values():
+        idle = sum((not handle.tasks) - handle.recalling for handle in present)
+        for handle in present:
             if idle > 0 and handle.recall():
                 idle -= 1
 
@@ -305,10 +307,9 @@ class Coordinator:
     def _attempts(self, number: int) -> list[Attempt]:
         return self.history.attempts.get(number, [])
 
-    def _start_workers(self, waiting: int) -> None:
-        """Start workers up to the number wanted, as far as children wait for one; it is on record before it is done."""
-        idle = sum(not handle.tasks for handle in self._handles.values())
-        count = min(self.config.cluster.workers - len(self._handles), waiting - idle)
+    def _start_workers(self, children: int) -> None:
+        """Start workers up to the number wanted, one for each child at most; it is on record before it is done."""
+        count = min(self.config.cluster.workers, children) - len(self._handles)
         count = min(count, self._backend.room()) if count > 0 else 0
         if not count:
             return

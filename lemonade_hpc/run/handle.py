@@ -24,6 +24,8 @@ class WorkerHandle:
         """What it was given and has not reported on."""
         self.started: set[Key] = set()
         self._recalled: set[Key] = set()
+        self.present = False
+        """Whether it has been heard of: one that still waits for a machine may do so for hours."""
         self.doing = "starting"
         """In words, for people."""
         self.said_bye: str | None = None
@@ -63,6 +65,7 @@ class WorkerHandle:
     def hear(self) -> list[Message]:
         """New reports, in order."""
         messages = self._reader.poll()
+        self.present |= bool(messages)
         for message in messages:
             say = message["say"]
             if say == "ready":

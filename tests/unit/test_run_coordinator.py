@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,23 @@ def test_a_worker_starts_for_every_child_that_waits_and_only_for_these(
     assert len(made.history.state.in_flight) == 3 and sorted(backend.workers) == [f"e1w{k:02d}" for k in range(started)]
     assert [len(handle.tasks) for handle in made._handles.values()] == [1] * started
     made.close()
+
+
+def test_a_worker_that_still_waits_for_a_machine_holds_no_child_up(run: Path) -> None:
+    """Two of four are never heard of: the others train everything."""
+
+    class HalfPending(doubles.FakeBackend):
+        def launch(self, names: Sequence[str]) -> None:
+            super().launch([name for name in names if name in ("e1w00", "e1w01")])
+
+        def alive(self, name: str) -> bool:
+            return True
+
+    settings = doubles.config(search={"mode": "steady_state"}, cluster={"workers": 4})
+    history = doubles.search(run, settings, backend=HalfPending(run))
+    assert history.state.complete and lost(run, settings) == []
+    assert {event["worker"] for event in doubles.events(run, settings, "attempt")} == {"e1w00", "e1w01"}
+    doubles.assert_sound(run)
 
 
 def test_a_child_that_waits_behind_another_is_given_to_a_worker_that_is_idle(run: Path) -> None:
