@@ -163,12 +163,14 @@ class SlurmBackend:
     def step(self) -> None:
         """Ask for the state of jobs, now and then, while there is a worker of which nothing is heard."""
         now = time.monotonic()
-        if now - self._queried_at >= self._cluster.status_s and any(map(self._silent, self._places)):
+        silent = [name for name in self._places if self._silent(name) and self._ended.get(name, 0) < CONFIRMATIONS]
+        if silent and now - self._queried_at >= self._cluster.status_s:
             self._queried_at = now
             jobs = jobs_of(self._run_id)
             if jobs is not None:
                 self._jobs |= {place: job for place, (job, _) in jobs.items()}
-                for name, place in self._places.items():
+                for name in silent:
+                    place = self._places[name]
                     self._judge(name, jobs[place][1] if place in jobs else None)
 
     def _judge(self, name: str, state: str | None) -> None:

@@ -281,6 +281,13 @@ def test_slurm_is_asked_once_a_minute_at_most_and_never_while_all_speak(run: Pat
     assert len(queue.asked) == 60
 
 
+def test_nobody_asks_after_those_that_are_known_to_be_gone(run: Path, queue: Queue) -> None:
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    turns(one, queue, 600)
+    assert len(queue.asked) == 2 and not one.alive("w0")
+
+
 def test_jobs_of_others_are_not_ours(run: Path, queue: Queue) -> None:
     one, _ = backend(run)
     one.adopt("w0", "w0", 0)
