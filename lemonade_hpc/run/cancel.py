@@ -49,6 +49,8 @@ def _end_coordinator(run: Path, who: dict[str, object]) -> list[str]:
     pid = who["pid"]
     assert isinstance(pid, int)
     for which in (signal.SIGTERM, signal.SIGKILL):
+        if owner.judge(who) != "alive":
+            break  # its pid may be another process's by now
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, which)
         deadline = time.monotonic() + LEAVE_S

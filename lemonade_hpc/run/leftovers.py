@@ -18,8 +18,8 @@ from lemonade_hpc.run.record import History
 def half_made(run: Path) -> list[Path]:
     """Files and folders that were being written."""
     epochs = run / files.EPOCHS
-    handles = (*epochs.glob("*/workers/*"), *(run / files.WORKERS).glob("*"))
-    folders = (run, epochs, run / files.STATE, *epochs.glob("*"), *handles)
+    workers = (*epochs.glob("*/workers/*"), *(run / files.WORKERS).glob("*"))
+    folders = (run, epochs, run / files.STATE, *epochs.glob("*"), *workers)
     return [path for folder in folders for path in folder.glob(f"{files.TEMPORARY}*")]
 
 

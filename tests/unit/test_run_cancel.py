@@ -53,9 +53,14 @@ def test_a_coordinator_is_told_to_leave_and_ended_if_it_does_not(
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     held_by(run, owner.identity(process.pid))
     monkeypatch.setattr(cancel.time, "sleep", lambda seconds: process.poll())  # reaps it
+    kill, sent = os.kill, list[int]()
+    monkeypatch.setattr(cancel.os, "kill", lambda pid, which: (sent.append(which), kill(pid, which)))
     (ended,) = cancel.cancel(run)
     assert ended.startswith(f"coordinator (process {process.pid} on ")
     assert process.wait(10) == -(signal.SIGKILL if program is IGNORES_SIGTERM else signal.SIGTERM)
+    assert [which for which in sent if which] == [signal.SIGTERM, signal.SIGKILL][
+        : 1 + (program is IGNORES_SIGTERM)
+    ]  # none to a pid that is free
     process.stdout.close()
 
 
