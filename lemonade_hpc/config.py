@@ -158,6 +158,10 @@ class Cluster(_Section):
     idle_exit_min: Annotated[Real, Field(gt=0)] = Field(10.0, description="a worker without work leaves after this")
     child_timeout_min: Annotated[Real, Field(gt=0)] = Field(240.0, description="a child that takes longer fails")
     retries: Count = Field(2, description="further attempts at a child whose trainer process died")
+    max_workers: Positive | None = Field(None, description="workers started in the whole run, at most")
+    max_gpu_hours: Annotated[Real, Field(gt=0)] | None = Field(
+        None, description="when these are spent, children in training are ended and the search stops"
+    )
     # The rest is Slurm's.
     time_min: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = Field(
         240, description="slurm: time limit of a worker; it begins no child that might not end a minute before"
@@ -170,7 +174,11 @@ class Cluster(_Section):
     constraint: str | None = None
     exclude: str | None = None
     wckey: str | None = None
+    reservation: str | None = None
     gres: str | None = Field(None, description="slurm: instead of gpu:N, such as gpu:a100:1")
+    skip: Annotated[tuple[Literal["cpus-per-task", "mem", "gres", "no-requeue"], ...], Field(strict=False)] = Field(
+        (), description="slurm: options that the site does not take, of cpus-per-task, mem, gres, no-requeue"
+    )
     setup: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="slurm: shell lines before a worker starts"
     )

@@ -162,7 +162,8 @@ def _backend(run: Path, config: Config, observer: Observer) -> Backend:
     if config.cluster.backend == "slurm":
         from lemonade_hpc.run.slurm import SlurmBackend
 
-        return SlurmBackend(run, record.read_identity(run)["run"], config.cluster, observer.note)
+        first = files.epochs(run) == [1]
+        return SlurmBackend(run, record.read_identity(run)["run"], config.cluster, observer.note, first=first)
     return (InlineBackend if config.cluster.backend == "inline" else LocalBackend)(run, config.cluster)
 
 

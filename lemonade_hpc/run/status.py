@@ -11,7 +11,7 @@ from typing import Any
 from lemonade_hpc import files
 from lemonade_hpc.config import from_dict
 from lemonade_hpc.run import lease, owner, population, record
-from lemonade_hpc.run.log import LogReader
+from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.record import History, Loaded
 from lemonade_hpc.search import evolution, morphisms
 from lemonade_hpc.search import graph as graphs
@@ -65,7 +65,7 @@ def status(run: Path) -> dict[str, Any]:
     content, fixed, loaded = read(run)
     history = loaded.history
     state = history.state
-    attempts = [a for given in history.attempts.values() for a in given if a.lost is None]
+    workers = [_worker(run, name) for name in sorted(history.workers)]
     return {
         "run": content["run"],
         "state": _life(run, history),
@@ -84,10 +84,13 @@ def status(run: Path) -> dict[str, Any]:
         },
         "proposals_redrawn": vars(state.redrawn),
         "attempts_lost": dict(history.num_lost),
+        "workers_left": dict(history.departures),
+        "nodes_excluded": dict(history.excluded),
+        "usage": _usage(history, workers),
         "training_s": round(history.wall_s, 1),
         "hypervolume": hypervolumes(history),
         "front": front(history),
-        "workers": [_worker(run, name) for name in sorted({attempt.worker for attempt in attempts})],
+        "workers": workers,
         "failures": [{"child": o["child"], **o["failure"]} for o in history.failures[-NUM_FAILURES:]],
     }
 
@@ -133,20 +136,24 @@ def _life(run: Path, history: History) -> str:
     return "stopped" if verdict == "gone" else f"unknown: last held by {owner.describe(who)}"
 
 
+def _usage(history: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Hours of GPUs (of workers, where those have none) of all workers so far."""
+    weights = [max(history.workers[worker["name"]].gpus, 1) for worker in workers]
+    spent = history.usage.spent + sum(k * one["lived_s"] for k, one in zip(weights, workers, strict=True))
+    busy = history.usage.busy + sum(k * one["busy_s"] for k, one in zip(weights, workers, strict=True))
+    hours = {"spent": spent, "wasted": history.usage.wasted, "idle": max(spent - busy, 0.0)}
+    return {"unit": history.unit, **{name: round(seconds / 3600, 4) for name, seconds in hours.items()}}
+
+
 def _worker(run: Path, name: str) -> dict[str, Any]:
-    """A worker's last words."""
-    doing, host, device = "starting", None, None
-    for message in LogReader(run / files.done_log(name)).poll():
-        if message["say"] == "hello":
-            host = message["host"]
-        elif message["say"] == "ready":
-            device = message["device"]
-        elif message["say"] == "started":
-            doing = f"child {message['child']}"
-        elif message["say"] == "epoch":
-            doing = f"child {message['child']}, epoch {message['epoch']}"
-        elif message["say"] in ("outcome", "crashed"):
-            doing = "idle"
-        elif message["say"] == "bye":
-            doing = f"left: {message['reason']}"
-    return {"name": name, "host": host, "device": device, "doing": doing}
+    """What a worker has said of itself."""
+    worker = WorkerHandle(run, None, name)
+    worker.hear()
+    return {
+        "name": name,
+        "node": worker.node,
+        "device": worker.device,
+        "doing": worker.doing,
+        "lived_s": worker.lived_s,
+        "busy_s": round(worker.busy_s, 3),
+    }

@@ -6,7 +6,7 @@ the highest epoch; one that finds no mailbox of its own there was given up, and 
 
 Coordinator to worker: `{"do": "train", ...task}`, `{"do": "revoke", child, attempt}` of one that has not begun, and
 `{"do": "stop"}` at once. Worker to coordinator: `{"say": ...}` with hello, ready, alive, started, epoch, outcome,
-returned, crashed, storage, unfit, bye.
+returned, crashed, storage, unfit, bye, each with the seconds since its hello (`at`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from lemonade_hpc.run.log import LogReader, LogWriter, Message
 TRAINER = ("-m", "lemonade_hpc.learn.child")
 """What a trainer process runs."""
 BEAT_S = 5.0
-UNFIT = "unfit"
-"""Why a worker leaves that cannot start trainers."""
+UNFIT, SIGNALLED, TIME_OVER = "unfit", "signalled", "its time is nearly over"
+"""Why a worker leaves: it cannot start trainers; it was sent a signal; its job ends soon."""
 ORPHAN_S = 60.0
 """A coordinator whose heartbeat stands still for this long is gone."""
 ORPHAN_WAIT_S = 5.0
@@ -185,7 +185,10 @@ class Worker:
         self._deadline = 0.0
         self._idle_since = self._beat_at = self._pulse_at = time.monotonic()
         self._pulse = -1
-        self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), **owner.identity())
+        self._born = time.monotonic()
+        who = owner.identity()
+        node = os.environ.get("SLURMD_NODENAME", who["host"])
+        self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), node=node, **who)
         self._ends_at, self._longest_s = math.inf, 0.0
         self._follow()
         if self._limit_s is not None:
@@ -194,7 +197,7 @@ class Worker:
     def step(self) -> bool:
         """Do what there is to do without waiting; False once the worker has left."""
         if self.signalled:
-            return self._leave("signalled")
+            return self._leave(SIGNALLED)
         if not self._follow():
             return self._leave("given up by a later coordinator")
         for message in self._assigned.poll():
@@ -208,7 +211,7 @@ class Worker:
         if self._current is None and self._out_of_time(now):
             for task in self._queue:
                 self._return(task)
-            return self._leave("its time is nearly over")
+            return self._leave(TIME_OVER)
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
             self._say("alive")
@@ -337,7 +340,8 @@ class Worker:
     # ------------------------------------------------------------ reports
 
     def _say(self, what: str, *, durable: bool = False, **rest: Any) -> None:
-        self._done.append([{"say": what, **rest}], durable=durable)
+        at = round(time.monotonic() - self._born, 3)
+        self._done.append([{"say": what, "at": at, **rest}], durable=durable)
 
     def _leave(self, reason: str) -> bool:
         self._drop_trainer()

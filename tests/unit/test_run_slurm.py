@@ -47,6 +47,11 @@ class Queue:
             return None
         return "".join(f"{job}|{name}|{state}\n" for job, (name, state) in self.jobs.items())
 
+    @property
+    def queries(self) -> list[tuple[str, ...]]:
+        """Status calls, whatever each took."""
+        return [command for command in self.asked if command[0] == "squeue"]
+
     def says(self, text: str) -> None:
         """What sbatch refuses with."""
         Path(f"{self.sbatch}.says").write_text(text)
@@ -168,7 +173,7 @@ def test_a_refused_submission_ends_the_run_in_slurms_words(
 def test_a_launch_is_one_call_and_the_next_waits(run: Path, queue: Queue) -> None:
     one, _ = backend(run, max_array=3)
     assert one.room() == 3
-    one.launch(["w0", "w1", "w2"])
+    one.launch(["w0", "w1", "w2"], [])
     assert len(Path(f"{queue.sbatch}.calls").read_text().splitlines()) == 1
     queue.now += 9
     assert one.room() == 0
@@ -184,7 +189,7 @@ def test_a_submission_that_timed_out_though_it_was_accepted_is_found_and_given_i
 ) -> None:
     queue.says("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     one, notes = backend(run)
-    one.launch(["w0", "w1"])
+    one.launch(["w0", "w1"], [])
     assert len(notes) == 1 and "Socket timed out" in notes[0]
     queue.jobs = {f"99_{k}": ("lemonade-01234567-w0", "PENDING") for k in range(2)}
     turns(one, queue, 300)
@@ -195,7 +200,7 @@ def test_a_submission_that_timed_out_though_it_was_accepted_is_found_and_given_i
 def test_a_submission_that_timed_out_and_was_not_accepted_is_given_up(run: Path, queue: Queue) -> None:
     queue.says("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     one, _ = backend(run)
-    one.launch(["w0"])
+    one.launch(["w0"], [])
     turns(one, queue, 59)
     assert one.alive("w0")  # seen missing once
     turns(one, queue, 62)
@@ -273,19 +278,19 @@ def test_slurm_is_asked_once_a_minute_at_most_and_never_while_all_speak(run: Pat
         one.adopt(name, "w0", k)
     queue.jobs = {f"5_{k}": ("lemonade-01234567-w0", "PENDING") for k in range(50)}
     turns(one, queue, 3600)
-    assert len(queue.asked) == 60
+    assert len(queue.queries) == 60
     for _ in range(600):
         for name in names:
             one.heard(name, HELLO)
         turns(one, queue, 1)
-    assert len(queue.asked) == 60
+    assert len(queue.queries) == 60
 
 
 def test_nobody_asks_after_those_that_are_known_to_be_gone(run: Path, queue: Queue) -> None:
     one, _ = backend(run)
     one.adopt("w0", "w0", 0)
     turns(one, queue, 600)
-    assert len(queue.asked) == 2 and not one.alive("w0")
+    assert len(queue.queries) == 2 and not one.alive("w0")
 
 
 def test_jobs_of_others_are_not_ours(run: Path, queue: Queue) -> None:

@@ -75,7 +75,9 @@ class Desk:
 
     def heard(self, *kinds: str) -> list[Message]:
         """New reports, of some kinds or all."""
-        return [message for message in self._reader.poll() if not kinds or message["say"] in kinds]
+        told = [message for message in self._reader.poll() if not kinds or message["say"] in kinds]
+        self.at = [message.pop("at") for message in told]
+        return told
 
     def said(self) -> list[str]:
         return [message["say"] for message in self.heard()]
