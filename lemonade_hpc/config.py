@@ -158,6 +158,10 @@ class Cluster(_Section):
     idle_exit_min: Annotated[Real, Field(gt=0)] = Field(10.0, description="a worker without work leaves after this")
     child_timeout_min: Annotated[Real, Field(gt=0)] = Field(240.0, description="a child that takes longer fails")
     retries: Count = Field(2, description="further attempts at a child whose trainer process died")
+    checkpoint_min: Annotated[Real, Field(ge=0)] = Field(
+        10.0, description="minutes between checkpoints of a child in training; 0: only when a worker must leave"
+    )
+    checkpoint_epochs: Positive | None = Field(None, description="a checkpoint also after every so many epochs")
     # The rest is Slurm's.
     time_min: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = Field(
         240, description="slurm: time limit of a worker; it begins no child that might not end a minute before"

@@ -106,7 +106,7 @@ def weights_of(lab: Lab, outcome: Task) -> Weights:
 
 def test_an_initial_network_is_trained_and_stored(lab: Lab) -> None:
     epochs: list[int] = []
-    outcome = child.train_child(lab, ROOT, epochs.append)
+    outcome = child.train_child(lab, ROOT, child.Line(epoch=epochs.append))
     assert epochs == [1, 2, 3, 4, 5, 6, 7, 8]
     assert outcome.keys() == {
         "child", "attempt", "digest", "objectives", "receipt", "weights", "wall_s", "device"
