@@ -1,12 +1,13 @@
 """The worker's supervisor: follows its mailbox, keeps a trainer at work, reports. Imports no torch.
 
-Decides: what a worker does with an assignment, a crash of its trainer, a signal, a coordinator that is gone or has a
-successor. Never decides what is trained or whether a child is tried again: that is the coordinator's. A worker follows
-the highest epoch; one that finds no mailbox of its own there was given up, and leaves.
+Decides: what a worker does with an assignment, a crash of its trainer, a signal, the end of its job's time, a
+coordinator that is gone or has a successor. Never decides what is trained or whether a child is tried again: the
+coordinator does. A worker follows the highest epoch; one that finds no mailbox of its own there was given up, and
+leaves. One that must leave by a signal, or for its time, has its child's checkpoint taken first.
 
 Coordinator to worker: `{"do": "train", ...task}`, `{"do": "revoke", child, attempt}` of one that has not begun, and
-`{"do": "stop"}` at once. Worker to coordinator: `{"say": ...}` with hello, ready, alive, started, epoch, outcome,
-returned, crashed, storage, unfit, bye.
+`{"do": "stop"}` at once. Worker to coordinator: `{"say": ...}` with hello, ready, alive, started, epoch, checkpoint,
+outcome, returned, crashed, storage, unfit, bye.
 """
 
 from __future__ import annotations
@@ -35,12 +36,20 @@ TRAINER = ("-m", "lemonade_hpc.learn.child")
 BEAT_S = 5.0
 UNFIT = "unfit"
 """Why a worker leaves that cannot start trainers."""
+OUT_OF_TIME = "its time is nearly over"
+"""Why a worker leaves before its job is ended."""
 ORPHAN_S = 60.0
 """A coordinator whose heartbeat stands still for this long is gone."""
 ORPHAN_WAIT_S = 5.0
 """How long a worker that has finished its work waits for a successor of a coordinator that is gone."""
 SPARE_S = 60.0
-"""A child is to end this long before the time limit of the worker's job."""
+"""A child is to end, or to be saved, this long before the time limit of the worker's job."""
+WORTH_S = 300.0
+"""A child that would not end before that is begun all the same where there is this much time: it goes on elsewhere."""
+SAVE_S = 10.0
+"""How long a worker that must leave waits for its child's checkpoint."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Those that ask a worker to leave. Slurm sends some of them to all processes of a job."""
 LOG_CAP = 2**20
 TAIL = 3000
 """Bytes of trainer output that are kept on file, and that a report of a crash quotes."""
@@ -55,6 +64,9 @@ class Trainer(Protocol):
     def send(self, task: Message) -> None:
         """Start on a task."""
 
+    def save(self) -> None:
+        """Take a checkpoint of the child in training, soon."""
+
     def poll(self) -> list[Message]:
         """What it has reported since the last poll."""
 
@@ -66,12 +78,19 @@ class Trainer(Protocol):
 
 
 class ProcessTrainer:
-    """`learn/child.py` in its own process, which leaves when this one does: its standard input closes."""
+    """`learn/child.py` in its own process, which leaves when this one does: its standard input closes.
+
+    It is deaf to the signals that ask a worker to leave: those reach it too, and it has a checkpoint to take.
+    """
 
     def __init__(self, run: Path, epoch: int, log: Path) -> None:
         command = [sys.executable, *TRAINER, str(run), str(run / files.owner(epoch))]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # children inherit the mask, not the handlers
+        try:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._log = log
         self._tail = b""
         self._rest = b""
@@ -84,6 +103,9 @@ class ProcessTrainer:
         with contextlib.suppress(BrokenPipeError):  # it has died: `died` will tell
             self._process.stdin.write((json.dumps(task) + "\n").encode())
             self._process.stdin.flush()
+
+    def save(self) -> None:  # noqa: D102
+        self.send({"do": "save"})
 
     def poll(self) -> list[Message]:  # noqa: D102
         self._keep(_drain(self._process.stderr))
@@ -156,6 +178,9 @@ class InlineTrainer:
     def send(self, task: Message) -> None:  # noqa: D102
         self._messages.append(self._child.train_child(self._lab, task))
 
+    def save(self) -> None:
+        """No child is in training when this can be asked."""
+
     def poll(self) -> list[Message]:  # noqa: D102
         messages, self._messages = self._messages, []
         return messages
@@ -173,6 +198,11 @@ class Worker:
     def __init__(self, run: Path, name: str, start_trainer: Callable[[int], Trainer]) -> None:
         self.run, self.name = run, name
         self.signalled = False
+        self._leaving: str | None = None
+        """Why, once it must."""
+        self._leave_by = math.inf
+        self._saved = False
+        """Whether its child was saved since."""
         self._start_trainer = start_trainer
         self._trainer: Trainer | None = None
         self._ready = False
@@ -193,8 +223,6 @@ class Worker:
 
     def step(self) -> bool:
         """Do what there is to do without waiting; False once the worker has left."""
-        if self.signalled:
-            return self._leave("signalled")
         if not self._follow():
             return self._leave("given up by a later coordinator")
         for message in self._assigned.poll():
@@ -205,10 +233,12 @@ class Worker:
         if not self._attend():
             return self._leave(UNFIT)
         now = time.monotonic()
-        if self._current is None and self._out_of_time(now):
-            for task in self._queue:
-                self._return(task)
-            return self._leave("its time is nearly over")
+        if self.signalled:
+            self._must_leave("signalled", now)
+        elif now >= self._ends_at or (self._current is None and self._out_of_time(now)):
+            self._must_leave(OUT_OF_TIME, now)
+        if self._leaving is not None and (self._current is None or self._saved or now >= self._leave_by):
+            return self._part(self._leaving)
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
             self._say("alive")
@@ -268,8 +298,31 @@ class Worker:
         self._say("returned", durable=True, child=task["child"], attempt=task["attempt"])
 
     def _out_of_time(self, now: float) -> bool:
-        """Whether a child as long as the longest so far would not end before the job does."""
-        return now + self._longest_s > self._ends_at
+        """Whether a child begun now would be in vain: it would not end, nor get far enough to be worth its checkpoint.
+
+        How long a child takes is judged by the longest so far.
+        """
+        return now + min(self._longest_s, WORTH_S) > self._ends_at
+
+    def _must_leave(self, reason: str, now: float) -> None:
+        """Have the child in training saved, for so long at most, then leave; once begun, further reasons are none."""
+        if self._leaving is not None:
+            return
+        self._leaving, self._leave_by = reason, now
+        if self._current is not None and self._trainer is not None and self._ready:
+            self._leave_by = now + SAVE_S
+            self._trainer.save()
+
+    def _part(self, reason: str) -> bool:
+        """Leave, and where time is the reason, give back what may go on elsewhere.
+
+        A child that could not be saved is not among it: it would only come back from the next worker in the same way.
+        """
+        if reason == OUT_OF_TIME:
+            saved = [self._current] if self._current is not None and self._saved else []
+            for task in (*saved, *self._queue):
+                self._return(task)
+        return self._leave(reason)
 
     # ------------------------------------------------------------ the trainer
 
@@ -288,7 +341,7 @@ class Worker:
                 self._bury(reason)
             elif self._current and time.monotonic() > self._deadline:
                 self._fail("timeout", f"longer than cluster.child_timeout_min = {self._timeout_s / 60:g} minutes")
-        if self._current is None and self._queue and not self._out_of_time(time.monotonic()):
+        if self._may_begin():
             self._started_at = time.monotonic()
             self._current = self._queue.popleft()
             self._deadline = time.monotonic() + self._timeout_s
@@ -299,12 +352,19 @@ class Worker:
             self._trainer.send(self._current)
         return True
 
+    def _may_begin(self) -> bool:
+        leaving = self.signalled or self._leaving is not None
+        return bool(self._current is None and self._queue and not leaving and not self._out_of_time(time.monotonic()))
+
     def _hear(self, message: Message) -> None:
         if "ready" in message:
             self._ready = True
             self._say("ready", device=message["ready"])
         elif "epoch" in message:
             self._say("epoch", **message)
+        elif "saved" in message:
+            self._say("checkpoint", child=message["child"], attempt=message["attempt"], **message["saved"])
+            self._saved = self._leaving is not None
         elif "storage" in message:
             self._say("storage", reason=message["storage"])
             if self._current is not None:  # whoever wants it again sends it again
@@ -349,8 +409,10 @@ class Worker:
 def serve(run: str, name: str, environment: Mapping[str, str | None] | None = None) -> None:
     """A worker's whole life, in its own process and session; what submitit calls.
 
-    `environment`: variables that its trainers are to see, None those that they are not.
+    `environment`: variables that its trainers are to see, None those that they are not. Signals are heard from the
+    first line on: what follows may wait for a slow file system.
     """
+    caught = _catch_signals()
     for key, value in (environment or {}).items():
         os.environ.pop(key, None)
         if value is not None:
@@ -360,11 +422,22 @@ def serve(run: str, name: str, environment: Mapping[str, str | None] | None = No
     folder = Path(run)
     log = folder / files.WORKERS / name / "trainer.log"
     worker = Worker(folder, name, lambda epoch: ProcessTrainer(folder, epoch, log))
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        worker.signalled = True
-
-    for which in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(which, stop)
-    while worker.step():
+    while True:
+        worker.signalled = bool(caught)
+        if not worker.step():
+            break
         time.sleep(worker.poll_s)
+
+
+def _catch_signals() -> list[int]:
+    """Remember the signals that this process, and no child of it, gets from now on."""
+    caught: list[int] = []
+    supervisor = os.getpid()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == supervisor:
+            caught.append(number)
+
+    for which in SIGNALS:
+        signal.signal(which, note)
+    return caught
