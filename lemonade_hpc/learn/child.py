@@ -346,9 +346,7 @@ def main(run: str, owner: str) -> None:
     print(json.dumps({"ready": _device_name(lab.device)}), file=out)
     while True:
         task = json.loads(inbox.get())
-        outcome = train_child(lab, task, _line(out, task, wanted))
-        wanted.clear()  # it was about this child
-        print(json.dumps(outcome), file=out)
+        print(json.dumps(train_child(lab, task, _line(out, task, wanted))), file=out)
 
 
 def _line(out: TextIO, task: dict[str, Any], wanted: threading.Event) -> Line:
@@ -365,6 +363,7 @@ def _line(out: TextIO, task: dict[str, Any], wanted: threading.Event) -> Line:
 def _listen(inbox: queue.SimpleQueue[bytes], wanted: threading.Event) -> None:
     """Pass tasks on, and the wish for a checkpoint; when the supervisor is gone, leave at once, also in mid-child.
 
+    A wish that comes after a child's last batch is granted in the next child: one checkpoint too many does no harm.
     Reads the descriptor itself: a thread that waits in sys.stdin holds its lock, and Python aborts where it ends so.
     """
     rest = b""

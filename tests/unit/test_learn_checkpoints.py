@@ -55,7 +55,8 @@ class Bench:
     """A lab with a trained parent, and the children made of it."""
 
     def __init__(self, folder: Path) -> None:
-        run, owner = children.make_run(folder, training={"distill_epochs": 2, "batch_size": 400})
+        drawn = {"pad": 1, "flip": True, "cutout": 2, "mixup": 0.5}  # each batch from the epoch's generator
+        run, owner = children.make_run(folder, training={"distill_epochs": 2, "batch_size": 400, **drawn})
         self.lab = child.open_lab(run, owner)
         assert training.batches_of(self.lab.train, self.lab.config.training) == N
         self.root = children.task_of(children.GRAPH, 0, 4)
@@ -189,6 +190,18 @@ def test_another_layout_goes_on_in_that_layout(bench: Bench) -> None:
     begun = child._go_on(fast, task, found)
     for parameter, momentum in zip(begun.network.parameters(), begun.moment.momenta, strict=True):
         assert momentum is not None and momentum.stride() == parameter.stride()
+
+
+def test_the_losses_so_far_go_on_too(bench: Bench) -> None:
+    lab, task = bench.task("initial")
+    totals = []
+    for batches in (N + 1, N + 2, 2 * N):
+        bench.forget(task)
+        interrupt(lab, task, batches)
+        found = checkpoints.find(lab.run / files.child_folder(100), child._key(lab, task))
+        assert found is not None and (found.moment.epoch, found.moment.batch) == divmod(batches, N)
+        totals.append(found.moment.total)
+    assert totals[0] is not None and totals[1] is not None and 0 < totals[0] < totals[1] and totals[2] is None
 
 
 def test_the_time_of_earlier_attempts_counts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
