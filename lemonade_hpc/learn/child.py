@@ -26,17 +26,16 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
-from lemonade_hpc.config import Config, ConfigError, from_dict
+from lemonade_hpc.config import ConfigError
 from lemonade_hpc.learn import checkpoints, members, transfer
 from lemonade_hpc.learn.checkpoints import DISTIL, TRAIN, Checkpoint, Keeper, Policy, Work
+from lemonade_hpc.learn.lab import Lab, device_name, open_lab
 from lemonade_hpc.learn.network import Network, Weights, build
-from lemonade_hpc.learn.training import Diverged, Images, Moment, batches_of, distillation, error, fit, place
+from lemonade_hpc.learn.training import Diverged, Moment, batches_of, distillation, error, fit
 from lemonade_hpc.learn.transfer import Morphed
 from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search import morphisms
-from lemonade_hpc.search.ops import Signature
 
 PURPOSE_WEIGHTS, PURPOSE_DISTIL, PURPOSE_TRAIN, PURPOSE_MEASURE = 11, 12, 13, 14
 
@@ -56,57 +55,6 @@ class ParentDamaged(RuntimeError):  # noqa: N818
 
 class OutOfTolerance(RuntimeError):  # noqa: N818
     """An exact edit changed the function: the child is refused."""
-
-
-@dataclass(frozen=True)
-class Lab:
-    """What stays in the trainer from child to child: configuration, data on the device, the run folder.
-
-    `layout` is the feature maps' order in memory: channels last is 1.15-1.3 times faster on a CPU.
-    """
-
-    run: Path
-    config: Config
-    signature: Signature
-    device: torch.device
-    layout: torch.memory_format
-    train: Images
-    validation: Images
-
-
-def open_lab(run: Path, owner: Path) -> Lab:
-    """Load the data and place it on the device; the configuration is that of the epoch whose `owner.json` is given.
-
-    Raises ConfigError for data unlike the run's.
-    """
-    identity = json.loads((run / files.RUN).read_text())
-    config = from_dict(json.loads(owner.read_text())["config"], str(owner))
-    data = data_sets.load(config.data)
-    if data.checksum != identity["data"]["checksum"]:
-        source = config.data.root or config.data.name
-        raise ConfigError(f"{source}: not the data that this run was started with (checksum differs)")
-    device = _device(config.cluster.device)
-    deterministic = bool(config.training.deterministic)
-    torch.set_num_threads(1 if deterministic else config.cluster.cpus_per_worker)
-    _forbid_chance(deterministic)
-    layout = torch.contiguous_format if deterministic else torch.channels_last
-    parts = (place(data, part, device) for part in (data.train, data.validation))
-    return Lab(run, config, Signature(data.shape, data.num_classes), device, layout, *parts)
-
-
-def _forbid_chance(forbid: bool) -> None:
-    """Have torch refuse, or not, operations that may differ from run to run."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused
-    # Not use_deterministic_algorithms: it imports torch._inductor, 1.2 s in every fresh process.
-    torch.set_deterministic_debug_mode("error" if forbid else "default")
-    # Every operator here writes all that it returns.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("cluster.device: cuda, but this machine has no usable GPU; allowed: auto, cpu, cuda")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def seeded(*stream: int) -> torch.Generator:
@@ -150,7 +98,7 @@ def train_child(lab: Lab, task: dict[str, Any], line: Line | None = None) -> dic
     except (Diverged, OutOfTolerance, ParentDamaged) as fault:
         outcome |= {"failure": {"kind": type(fault).__name__, "reason": str(fault)}}
     seconds = before_s + time.perf_counter() - started
-    return outcome | {"wall_s": round(seconds, 3), "device": _device_name(lab.device)}
+    return outcome | {"wall_s": round(seconds, 3), "device": device_name(lab.device)}
 
 
 def _key(lab: Lab, task: dict[str, Any]) -> str:
@@ -159,10 +107,6 @@ def _key(lab: Lab, task: dict[str, Any]) -> str:
     settings = [lab.config.seed, lab.config.training.model_dump(mode="json")]
     ways = [lab.config.search.inheritance, lab.config.search.prune_by]
     return files.sha256(files.dumps([checkpoints.FORMAT, asked, settings, ways]).encode())
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 @dataclass(frozen=True)
@@ -343,7 +287,7 @@ def main(run: str, owner: str) -> None:
         lab = open_lab(Path(run), Path(owner))
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    print(json.dumps({"ready": _device_name(lab.device)}), file=out)
+    print(json.dumps({"ready": device_name(lab.device)}), file=out)
     while True:
         task = json.loads(inbox.get())
         print(json.dumps(train_child(lab, task, _line(out, task, wanted))), file=out)

@@ -9,7 +9,7 @@ import pytest
 
 RING = [
     "coordinator", "worker", "session", "backends", "budgets", "cancel", "handle", "journal", "lease", "leftovers",
-    "log", "owner", "population", "record", "slurm", "status", "store", "verify",
+    "log", "owner", "population", "record", "slurm", "status", "store", "trainers", "verify",
 ]  # fmt: skip
 HEAVY = ("torch", "torchvision", "submitit", "sklearn", "matplotlib", "lemonade_hpc.learn")
 

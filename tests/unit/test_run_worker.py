@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import lease, owner, session, worker
+from lemonade_hpc.run import lease, owner, session, trainers, worker
 from lemonade_hpc.run.log import LogReader, LogWriter, Message
-from lemonade_hpc.run.worker import ProcessTrainer, Worker
+from lemonade_hpc.run.trainers import ProcessTrainer
+from lemonade_hpc.run.worker import Worker
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -548,7 +549,7 @@ def test_a_new_coordinators_heartbeat_is_not_mistaken_for_the_old_ones(
 
 def standin(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Trainer processes run `code` in place of `learn/child.py`."""
-    monkeypatch.setattr(worker, "TRAINER", ("-c", "import json, os, sys, time\n" + code))
+    monkeypatch.setattr(trainers, "TRAINER", ("-c", "import json, os, sys, time\n" + code))
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -633,7 +634,7 @@ def test_what_is_printed_among_the_messages_goes_to_the_log(tmp_path: Path, monk
 def test_a_trainer_that_floods_its_log_holds_nobody_up_and_is_capped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "LOG_CAP", 300_000)
+    monkeypatch.setattr(trainers, "LOG_CAP", 300_000)
     standin(monkeypatch, "block = b'0123456789' * 10000\nwhile True: os.write(2, block)")
     trainer = ProcessTrainer(tmp_path, 1, tmp_path / "log")
 
@@ -641,7 +642,7 @@ def test_a_trainer_that_floods_its_log_holds_nobody_up_and_is_capped(
         started = time.monotonic()
         trainer.poll()
         assert time.monotonic() - started < 5
-        assert len(trainer._tail) <= worker.TAIL
+        assert len(trainer._tail) <= trainers.TAIL
         return (tmp_path / "log").exists() and (tmp_path / "log").stat().st_size >= 300_000
 
     until(full)
@@ -656,7 +657,7 @@ def test_one_reading_of_a_flood_is_bounded() -> None:
         def read(self, size: int) -> bytes:
             return b"x" * size
 
-    assert len(worker._drain(Flood())) == worker.CHUNK * worker.CHUNKS
+    assert len(trainers._drain(Flood())) == trainers.CHUNK * trainers.CHUNKS
 
 
 def test_serve_is_a_workers_whole_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -694,7 +695,7 @@ def test_serve_is_a_workers_whole_life(tmp_path: Path, monkeypatch: pytest.Monke
     desk.mailbox.close()
 
 
-@pytest.mark.parametrize("which", worker.SIGNALS)
+@pytest.mark.parametrize("which", trainers.SIGNALS)
 def test_a_signal_that_comes_before_the_worker_is_made_is_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: signal.Signals
 ) -> None:
@@ -704,7 +705,7 @@ def test_a_signal_that_comes_before_the_worker_is_made_is_heard(
     desk.send(task(0))
     monkeypatch.setattr(os, "setsid", lambda: os.kill(os.getpid(), which))  # any place before Worker() will do
     desk._reader = LogReader(desk.run / files.done_log(NAME))
-    before = {signum: signal.getsignal(signum) for signum in worker.SIGNALS}
+    before = {signum: signal.getsignal(signum) for signum in trainers.SIGNALS}
     try:
         worker.serve(str(desk.run), NAME)
     finally:
@@ -716,7 +717,7 @@ def test_a_signal_that_comes_before_the_worker_is_made_is_heard(
 
 def test_a_signal_to_a_child_of_the_supervisor_is_not_the_supervisors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork has the handler too."""
-    before = {signum: signal.getsignal(signum) for signum in worker.SIGNALS}
+    before = {signum: signal.getsignal(signum) for signum in trainers.SIGNALS}
     try:
         caught = worker._catch_signals()
         with monkeypatch.context() as patch:
@@ -740,7 +741,7 @@ def test_a_trainer_process_is_deaf_to_signals_and_saves(tmp_path: Path, monkeypa
     )
     trainer = ProcessTrainer(tmp_path, 1, tmp_path / "log")
     assert until(trainer.poll) == [{}]
-    for which in worker.SIGNALS:
+    for which in trainers.SIGNALS:
         trainer._process.send_signal(which)
     trainer.save()
     assert until(trainer.poll) == [{"got": {"do": "save"}}]
