@@ -156,15 +156,21 @@ class Cluster(_Section):
     cpus_per_worker: Positive = Field(1, description="threads of a worker; small networks do best with 1")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     idle_exit_min: Annotated[Real, Field(gt=0)] = Field(10.0, description="a worker without work leaves after this")
-    child_timeout_min: Annotated[Real, Field(gt=0)] = Field(240.0, description="a child that takes longer fails")
+    child_timeout_min: Annotated[Real, Field(gt=0)] = Field(
+        240.0, description="a child that keeps a worker longer fails"
+    )
     retries: Count = Field(2, description="further attempts at a child whose trainer process died")
     max_workers: Positive | None = Field(None, description="workers started in the whole run, at most")
     max_gpu_hours: Annotated[Real, Field(gt=0)] | None = Field(
         None, description="when these are spent, children in training are ended and the search stops"
     )
+    checkpoint_min: Annotated[Real, Field(ge=0)] = Field(
+        10.0, description="minutes between checkpoints of a child in training; 0: only when a worker must leave"
+    )
+    checkpoint_epochs: Positive | None = Field(None, description="a checkpoint also after every so many epochs")
     # The rest is Slurm's.
     time_min: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = Field(
-        240, description="slurm: time limit of a worker; it begins no child that might not end a minute before"
+        240, description="slurm: time limit of a worker; a child that would not end in time goes on in another"
     )
     gpus_per_worker: Count = Field(1, description="slurm: asked for as gres gpu:N")
     mem_gb: Annotated[Real, Field(gt=0)] = Field(16.0, description="slurm: memory of a worker")

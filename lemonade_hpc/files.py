@@ -21,6 +21,8 @@ WORKERS = Path("workers")
 STATE = Path("state")
 CHILDREN = Path("children")
 TEMPORARY = ".tmp-"
+WEIGHTS = "weights.safetensors"
+"""A child's trained weights, in the folder of the attempt that counts."""
 
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 """Errors of the file system, not of the program: the run pauses and can go on once they are gone."""

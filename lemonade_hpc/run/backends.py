@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster
-from lemonade_hpc.run import owner, worker
+from lemonade_hpc.run import owner, trainers, worker
 
 CLOSE_S = 1.5
 """How long workers that have said goodbye may take to be gone."""
@@ -89,7 +89,7 @@ class InlineBackend:
 
     def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:  # noqa: D102
         for name in names:
-            self._workers[name] = worker.Worker(self._run, name, lambda epoch: worker.InlineTrainer(self._run, epoch))
+            self._workers[name] = worker.Worker(self._run, name, lambda epoch: trainers.InlineTrainer(self._run, epoch))
 
     def adopt(self, name: str, launch: str, place: int) -> None:  # noqa: D102
         pass

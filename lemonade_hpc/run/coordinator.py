@@ -50,6 +50,8 @@ class Coordinator:
         self._backend, self._observer = backend, observer
         self._poll_s = config.cluster.poll_s or 0.0
         self._arrived: dict[int, Message] = {}
+        self._settled: list[Message] = []
+        """Outcomes committed in this turn."""
         self._starved = False
         self._beat_at = 0.0
 
@@ -81,7 +83,7 @@ class Coordinator:
         self._go_on()
         self._ledger.write()
         self._backend.step()
-        self._delete(self.history.release())
+        self._clean(self.history.release())
         self._seal()
         if committed or time.monotonic() - self._beat_at > BEAT_S:
             self._beat()
@@ -145,6 +147,7 @@ class Coordinator:
                 break
             outcome = self._arrived.pop(number)
             self._ledger.record({"event": "committed", "outcome": outcome})
+            self._settled.append(outcome)
             if "failure" in outcome:
                 self._observer.note(
                     f"child {number} failed: {outcome['failure']['kind']}: {outcome['failure']['reason']}"
@@ -218,7 +221,7 @@ class Coordinator:
         """Remove what killed coordinators and workers may have left behind."""
         self._ledger.check()
         self.history.release()
-        useless = leftovers.half_made(self.run) + leftovers.lost_attempts(self.run, self.history)
+        useless = leftovers.half_made(self.run) + leftovers.beside_weights(self.run, self.history.results.values())
         for path in (*useless, *leftovers.jobs(self.run, self._launches())):
             files.remove(path)
         self._remove_replaced()
@@ -231,6 +234,13 @@ class Coordinator:
     def _remove_replaced(self) -> None:
         for path in leftovers.replaced(self.run, self.history, self._ledger.epoch):
             files.remove(path)
+
+    def _clean(self, released: list[int]) -> None:
+        """Delete weights that nobody needs any more, and of children just committed what is not their weights."""
+        for path in leftovers.beside_weights(self.run, self._settled):
+            files.remove(path)
+        self._settled.clear()
+        self._delete(released)
 
     def _delete(self, numbers: list[int]) -> None:
         """Delete the weights of children that nobody needs."""
@@ -260,7 +270,7 @@ class Coordinator:
         self._ledger.record(population.complete(self.run, self.history, self._ledger.epoch))
         self._ledger.write()
         self._remove_replaced()
-        for path in leftovers.lost_attempts(self.run, self.history):
+        for path in leftovers.beside_weights(self.run, self.history.results.values()):
             files.remove(path)
         self._beat()
 

@@ -71,7 +71,9 @@ class Crew:
             elif say == "crashed":
                 self._lose(handle, (message["child"], message["attempt"]), "crash", message["reason"])
             elif say == "returned":
-                self._lose(handle, (message["child"], message["attempt"]), "stopped", "it was taken back")
+                key = (message["child"], message["attempt"])
+                kind, reason = ("walltime", worker.TIME_OVER) if key in handle.started else ("stopped", "taken back")
+                self._lose(handle, key, kind, reason)
             elif say == "storage" and not last_words:
                 full = message["reason"]
         if handle.damaged is not None:

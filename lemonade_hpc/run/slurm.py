@@ -40,6 +40,8 @@ ENDED = frozenset({
     "TIMEOUT",
 })  # fmt: skip
 """States that a job which is not requeued never leaves; any other, known or not, is a life."""
+SIGNAL_S = 30
+"""Slurm signals a worker this long before its time limit, which it has left a little before by itself."""
 ENDS = {
     "BOOT_FAIL": "node failure", "CANCELLED": CANCELLED, "COMPLETED": "completed", "DEADLINE": "time limit",
     "NODE_FAIL": "node failure",
@@ -101,6 +103,7 @@ def parameters(cluster: Cluster, name: str, avoid: Collection[str] = ()) -> dict
     return {
         "job_name": name,
         "time": cluster.time_min,
+        "signal_delay_s": SIGNAL_S,
         "srun_args": [f"--cpus-per-task={cpus}"] if "cpus_per_task" in asked else [],  # from 22.05 on not inherited
         **asked,
         **{key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint", "wckey")},

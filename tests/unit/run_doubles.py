@@ -94,6 +94,7 @@ class FakeTrainer:
         self.messages: list[Message] = [{"ready": "fake"}]
         self.death: str | None = None
         self.killed = False
+        self.num_saves = 0
 
     def send(self, task: Message) -> None:
         word = self.behave(task)
@@ -109,6 +110,9 @@ class FakeTrainer:
             self.messages.append({key: task[key] for key in ("child", "attempt", "digest")} | {"failure": FAILURE})
         elif word != "hang":
             self.messages += [{"child": task["child"], "epoch": 1}] * PROGRESS + [outcome(task, self.run)]
+
+    def save(self) -> None:
+        self.num_saves += 1
 
     def poll(self) -> list[Message]:
         messages, self.messages = self.messages, []
