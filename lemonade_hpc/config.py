@@ -182,6 +182,12 @@ class Cluster(_Section):
     wckey: str | None = None
     reservation: str | None = None
     gres: str | None = Field(None, description="slurm: instead of gpu:N, such as gpu:a100:1")
+    coordinator_time_min: Annotated[int, BeforeValidator(_whole), Field(ge=5)] = Field(
+        1440, description="slurm: time limit of one job of a coordinator that is submitted"
+    )
+    coordinator_mem_gb: Annotated[Real, Field(gt=0)] = Field(4.0, description="slurm: its memory")
+    coordinator_partition: str | None = Field(None, description="slurm: its partition; it needs no GPU")
+    coordinator_extra: dict[str, str | int | bool] = Field({}, description="slurm: further options of its sbatch")
     skip: Annotated[tuple[Literal["cpus-per-task", "mem", "gres", "no-requeue"], ...], Field(strict=False)] = Field(
         (), description="slurm: options that the site does not take, of cpus-per-task, mem, gres, no-requeue"
     )
@@ -311,6 +317,11 @@ def from_dict(given: dict[str, Any], source: str) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """Give the JSON form, complete: what `run.json` stores and `from_dict` reads back."""
     return config.model_dump(mode="json")
+
+
+def dump(config: Config) -> bytes:
+    """Write it as a YAML file, which `load` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode()
 
 
 _ALLOWED = {

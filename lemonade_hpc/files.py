@@ -19,6 +19,7 @@ RUN = Path("run.json")
 EPOCHS = Path("epochs")
 WORKERS = Path("workers")
 STATE = Path("state")
+SLURM = Path("slurm")
 CHILDREN = Path("children")
 TEMPORARY = ".tmp-"
 WEIGHTS = "weights.safetensors"
@@ -56,6 +57,11 @@ def owner(epoch: int) -> Path:
 def heartbeat(epoch: int) -> Path:
     """Grows by a byte with every beat of the epoch's coordinator."""
     return epoch_folder(epoch) / "heartbeat"
+
+
+def stop_order(epoch: int) -> Path:
+    """Empty; whoever wants the epoch's coordinator to stop, in good order, adds a byte."""
+    return epoch_folder(epoch) / "stop"
 
 
 def epochs(run: Path) -> list[int]:

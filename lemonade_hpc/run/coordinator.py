@@ -20,7 +20,7 @@ from lemonade_hpc.run.backends import Backend
 from lemonade_hpc.run.crew import Crew
 from lemonade_hpc.run.crew import Observer as Observer
 from lemonade_hpc.run.journal import Journal
-from lemonade_hpc.run.ledger import Ledger
+from lemonade_hpc.run.ledger import Halted, Ledger
 from lemonade_hpc.run.ledger import RunFailed as RunFailed
 from lemonade_hpc.run.ledger import Stopped as Stopped
 from lemonade_hpc.run.ledger import Superseded as Superseded
@@ -95,9 +95,11 @@ class Coordinator:
             self._ask(ASSIGNED_AHEAD)
             self._dispatch(ASSIGNED_AHEAD)
         elif self._crew.drain() and not self._arrived:
-            raise Stopped(reason)
+            raise Halted(reason)
 
     def _reason_to_leave(self) -> str | None:
+        if (self.run / files.stop_order(self._ledger.epoch)).stat().st_size:
+            return "stopped by `lemonade-hpc stop`"
         cap = self.config.cluster.max_gpu_hours
         if cap is not None and self._crew.spent_s() >= 3600 * cap:
             return f"cluster.max_gpu_hours: {cap:g} GPU-hours are spent, as many as this run may; raise it to go on"
@@ -287,6 +289,7 @@ class Coordinator:
                 self._crew.stop()
             with contextlib.suppress(OSError, RunFailed):
                 self._commit()
+                self._ledger.record({"event": "closed"})
                 self._ledger.write()
         if not self._ledger.superseded():
             self._backend.close()

@@ -15,7 +15,7 @@ from lemonade_hpc.config import Cluster
 from lemonade_hpc.run import budgets, record, worker
 from lemonade_hpc.run.backends import CANCELLED, DIED, FATE, Backend, Refused
 from lemonade_hpc.run.handle import Key, WorkerHandle
-from lemonade_hpc.run.ledger import Ledger, RunFailed, Stopped
+from lemonade_hpc.run.ledger import Halted, Ledger, RunFailed, Stopped
 from lemonade_hpc.run.log import Message
 from lemonade_hpc.run.record import History
 
@@ -246,11 +246,11 @@ class Crew:
             raise RunFailed(f"no worker can be started: {error}{without}") from error
 
     def _wanted(self) -> int:
-        """How many workers there may be now; raises Stopped where there can be none any more."""
+        """How many workers there may be now; raises Halted where there can be none any more."""
         wanted, cap = self._cluster.workers - self._num_cancelled, self._cluster.max_workers
         left = wanted if cap is None else cap - self._ledger.history.num_launched + len(self.handles)
         if min(wanted, left) <= 0 and not self.handles and not self._gone:
-            raise Stopped(
+            raise Halted(
                 f"every worker was cancelled ({self._num_cancelled})"
                 if wanted <= 0
                 else f"cluster.max_workers: {cap} workers have been started, as many as this run may; raise it to go on"

@@ -19,7 +19,7 @@ from typing import Any
 
 from lemonade_hpc import __version__, files
 from lemonade_hpc.config import Config, ConfigError, to_dict
-from lemonade_hpc.run import journal, owner
+from lemonade_hpc.run import journal, owner, slurm
 from lemonade_hpc.run.journal import Journal, RecordError
 from lemonade_hpc.run.log import LogWriter
 from lemonade_hpc.run.record import Loaded
@@ -96,7 +96,8 @@ def _prepare(run: Path, aside: Path, number: int, config: Config, loaded: Loaded
     }
     who = {"owner": owner.identity(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": __version__}
     files.write_json(aside / "owner.json", who | {"config": to_dict(config)})
-    files.write(aside / "heartbeat", b"")
+    for name in (files.heartbeat(number), files.stop_order(number)):
+        files.write(aside / name.name, b"")
     for name in files.journals(number):
         with LogWriter(aside / name.name) as writer:
             writer.append([header])
@@ -115,7 +116,7 @@ def check_free(run: Path, *, take_over: bool) -> None:
         return
     try:
         who = read_owner(run, numbers[-1])["owner"]
-        verdict = owner.judge(who)
+        verdict = slurm.judge(who)
     except (RecordError, KeyError) as error:
         raise Held(
             f"{run}: who holds it cannot be told: {error}. If you know that nobody does, add --take-over"

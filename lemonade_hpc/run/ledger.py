@@ -20,6 +20,10 @@ class Stopped(RuntimeError):  # noqa: N818
     """Stopped before complete; the same command goes on. Exit code 3."""
 
 
+class Halted(Stopped):
+    """Stopped because somebody wanted it, or a limit of the whole run is reached: no successor may go on by itself."""
+
+
 class Superseded(Stopped):
     """Another coordinator has the run now, or the run folder is gone."""
 

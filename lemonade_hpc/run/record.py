@@ -211,6 +211,8 @@ class History:
         self.wall_s = 0.0
         """Seconds that committed attempts took."""
         self.num_records = 0
+        self.num_crashes = 0
+        """Coordinators in a row, up to the last one, that ended in no good order and saw no child finished."""
         self.initial_front: pareto.Front | None = None
         """The front of the initial networks alone, once all have reported; children may have been faster than some."""
         self._initial = self.state.front
@@ -245,6 +247,8 @@ class History:
                 self.unsealed.pop(number, None)
         elif kind == "complete":
             self.complete = event
+        elif kind == "closed":
+            self.num_crashes = 0
         else:
             raise ValueError(f"unknown event {kind!r}")
         self.num_records += 1
@@ -285,6 +289,7 @@ class History:
             strikes.discard(f"child {number}")
 
     def _committed(self, outcome: dict[str, Any]) -> None:
+        self.num_crashes = 0
         number, told = outcome["child"], outcome_of(self.state.problem, outcome)
         self.state = evolution.tell(self.state, told)
         if number < self.state.num_initial:
@@ -374,7 +379,9 @@ def load(run: Path, fixed: Problem, upto: list[Event] | None = None) -> Loaded:
             event = json.loads(body)
             if upto is not None:
                 upto.append(event)
-            if event["event"] != "epoch":
+            if event["event"] == "epoch":
+                history.num_crashes += 1  # until it closes in good order
+            else:
                 _apply(history, event, run / files.epoch_folder(number))
     return Loaded(history, *found.end, tuple(found.warnings), found.mended)
 

@@ -21,12 +21,14 @@ from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, ConfigError
-from lemonade_hpc.run import worker
+from lemonade_hpc.run import owner, worker
 from lemonade_hpc.run.backends import CANCELLED, DIED, LAST_BYTES, THREAD_LIMITS, Refused
 
 Place = tuple[str, int]
 """The first worker of a launch, and the index of a task of its array."""
 
+COORDINATOR = "coordinator"
+"""Stands in a job's name where a worker's has its launch."""
 COMMANDS = ("sbatch", "squeue", "scancel", "srun")
 QUERY_TIMEOUT_S = 20.0
 SILENT_QUERIES = 2
@@ -159,7 +161,7 @@ class SlurmBackend:
         self._places |= {name: (names[0], place) for place, name in enumerate(names)}
         self._submitted_at = time.monotonic()
         executor = SlurmExecutor(folder=self._folder(names[0]))
-        executor.update_parameters(**parameters(self._cluster, _prefix(self._run_id) + names[0], avoid))
+        executor.update_parameters(**parameters(self._cluster, prefix(self._run_id) + names[0], avoid))
         try:
             jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
         except FailedJobError as error:
@@ -255,7 +257,8 @@ class SlurmBackend:
         """Leave the workers as they are: they are told to stop by their mailboxes, if at all."""
 
 
-def _prefix(run_id: str) -> str:
+def prefix(run_id: str) -> str:
+    """How the names of all jobs of a run begin."""
     return f"lemonade-{run_id[:8]}-"
 
 
@@ -279,12 +282,30 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
         answer = ask("scontrol", "show", "job", "--oneliner")
         found = _named(run_id, map(_told_by_scontrol, (answer or "").splitlines()))
     if answer is None or not found.keys() >= set(wanted):
-        name = ",".join(sorted({_prefix(run_id) + launch for launch, _ in wanted}))
+        name = ",".join(sorted({prefix(run_id) + launch for launch, _ in wanted}))
         past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State")
         if answer is None and past is None:
             return None
         found = _named(run_id, (line.split("|") for line in (past or "").splitlines())) | found
     return Answer(found, answer is not None)
+
+
+def judge(who: dict[str, Any]) -> owner.Verdict:
+    """Whether a coordinator lives: told by its process on this machine, else by its job."""
+    verdict = owner.judge(who)
+    if verdict == "unknown" and who.get("slurm_job"):
+        ended = job_has_ended(who["slurm_job"])
+        verdict = "unknown" if ended is None else "gone" if ended else "alive"
+    return verdict
+
+
+def job_has_ended(job: str) -> bool | None:
+    """Whether one job, which was running once, is over; None where nobody says."""
+    answer = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+    if not answer:
+        answer = ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State")
+    states = (answer or "").split()
+    return states[0] in ENDED if states else None
 
 
 def _told_by_scontrol(line: str) -> Sequence[str]:
@@ -298,10 +319,10 @@ def _named(run_id: str, rows: Iterable[Sequence[str]]) -> dict[Place, tuple[str,
     """The jobs of a run's workers, of rows of id, name and state; anything else is passed over."""
     found: dict[Place, tuple[str, str]] = {}
     for row in rows:
-        if len(row) == 3 and row[1].startswith(_prefix(run_id)) and row[2]:
+        if len(row) == 3 and row[1].startswith(prefix(run_id)) and row[2]:
             place = row[0].partition("_")[2] or "0"
             if place.isdigit():
-                found[row[1].removeprefix(_prefix(run_id)), int(place)] = (row[0], row[2].split()[0])
+                found[row[1].removeprefix(prefix(run_id)), int(place)] = (row[0], row[2].split()[0])
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import from_dict
-from lemonade_hpc.run import lease, owner, population, record
+from lemonade_hpc.run import lease, owner, population, record, slurm
 from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.record import History, Loaded
 from lemonade_hpc.search import evolution, morphisms
@@ -130,7 +130,7 @@ def _life(run: Path, history: History) -> str:
     if not numbers:
         return "not started"
     who = lease.read_owner(run, numbers[-1])["owner"]
-    verdict = owner.judge(who)
+    verdict = slurm.judge(who)
     if verdict == "alive":
         return f"running: {owner.describe(who)}"
     return "stopped" if verdict == "gone" else f"unknown: last held by {owner.describe(who)}"

@@ -298,6 +298,7 @@ def test_every_planted_event_kind_is_known(run: Path) -> None:
         "left",
         "sealed",
         "complete",
+        "closed",
     }
 
 
