@@ -46,6 +46,8 @@ class Crew:
         self._run = ledger.run
         self._poll_s = cluster.poll_s or 0.0
         self._adopted: frozenset[str] = frozenset()
+        self._lived: set[str] = set()
+        """Workers that have said something in this coordinator's life."""
         self._gone: dict[str, tuple[WorkerHandle, bool]] = {}
         """Workers that have gone in a way not known yet, and whether they left children behind."""
         self._num_named = self._num_misfortunes = self._num_cancelled = 0
@@ -55,7 +57,10 @@ class Crew:
     def hear(self) -> None:
         """Read what all workers report."""
         for handle in list(self.handles.values()):
+            before = handle.lived_s
             self._hear(handle)
+            if handle.lived_s > before:
+                self._lived.add(handle.name)
 
     def _hear(self, handle: WorkerHandle, *, last_words: bool = False) -> None:
         """Read a worker's reports; `last_words`: only what it says of children, not its troubles."""
@@ -149,7 +154,7 @@ class Crew:
         elif bye not in (None, worker.TIME_OVER) and abandoned and (bye != worker.SIGNALLED or how == DIED):
             fault = f"worker {name} left its children: {bye}"
         self._part(handle, how, fault)
-        if how == CANCELLED:
+        if how == CANCELLED and name not in self._adopted - self._lived:
             self._num_cancelled += 1
             self._observer.note(f"worker {name} was cancelled from outside: no other is started in its place")
         elif how in FATE:

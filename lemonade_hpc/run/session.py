@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,6 +29,10 @@ from lemonade_hpc.search.ops import Signature
 
 MAY_CHANGE = ("cluster", "storage", "search.children", "data.root")
 """Keys that may differ when a run goes on: its numbers stay comparable. What data.root leads to must be the same."""
+
+
+HELD_S = 15.0
+"""How often a coordinator of a chain looks whether the one before, which Slurm has given up, has really ended."""
 
 
 def search(config: Config, run: Path, observer: Observer, *, take_over: bool = False) -> History:
@@ -53,8 +58,15 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
             if not new:
                 _check_backend(config)
             chain.refuse_crash_loop(history, observer.note)
-            with suppress(lease.Behind):
+            try:
                 journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over)
+            except lease.Behind:
+                pass
+            except lease.Held as held:
+                if not chain.is_link():
+                    raise
+                observer.note(f"{held}. Waiting for that")
+                time.sleep(HELD_S)
         for text in (*loaded.warnings, *_overspent(history)):
             observer.note(text)
         coordinator = Coordinator(run, config, history, journal, _backend(run, config, observer), observer)

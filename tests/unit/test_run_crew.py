@@ -208,6 +208,20 @@ def test_when_every_worker_is_cancelled_the_run_stops_and_can_go_on(run: Path) -
     doubles.assert_sound(run)
 
 
+def test_workers_that_were_cancelled_before_a_coordinators_life_are_replaced(run: Path) -> None:
+    """`cancel`, and then the same command: it is to go on with as many as before."""
+    backend = FakeCluster(run, lambda node, task: "hang")
+    made = doubles.start(run, settings(), backend)
+    for _ in range(3):
+        made._turn()
+    made._ledger.close()
+    after = FakeCluster(run)
+    after.ends = dict.fromkeys(backend.workers, "cancelled")
+    history = doubles.search(run, settings(), backend=after)
+    assert history.state.complete and history.departures["cancelled"] == WORKERS
+    assert history.num_launched == 2 * WORKERS
+
+
 # ---------------------------------------------------------------- budgets
 
 
