@@ -90,7 +90,7 @@ def _cancel_jobs(run_id: str) -> list[str]:
     answer = slurm.jobs_of(run_id)
     if answer is None or not answer.all:
         raise ConfigError("squeue does not answer: whether workers are left is not known; try again later")
-    living = sorted(job for job, state in answer.jobs.values() if state not in slurm.ENDED)
+    living = sorted(job.id for job in answer.jobs.values() if job.state not in slurm.ENDED)
     if living and slurm.ask("scancel", *living) is None:
         raise ConfigError(f"scancel failed for the jobs {', '.join(living)}; try again later")
     return [f"job {job}" for job in living]

@@ -51,6 +51,7 @@ class Crew:
         self._gone: dict[str, tuple[WorkerHandle, bool]] = {}
         """Workers that have gone in a way not known yet, and whether they left children behind."""
         self._num_named = self._num_misfortunes = self._num_cancelled = 0
+        self._heard_any = False
 
     # ------------------------------------------------------------ reports
 
@@ -90,6 +91,7 @@ class Crew:
             raise Stopped(f"worker {handle.name} cannot write: {full}")
 
     def _join(self, handle: WorkerHandle) -> None:
+        self._heard_any |= handle.present
         known = self._ledger.history.workers.get(handle.name)
         if known is not None and known.node is None and handle.node is not None:
             self._ledger.record({"event": "joined", "worker": handle.name, "node": handle.node})
@@ -182,8 +184,10 @@ class Crew:
         self._num_misfortunes += name not in self._adopted
         if self._num_misfortunes > MISFORTUNES_PER_WORKER * self._cluster.workers:
             self._ledger.write()
+            unheard = f". None has ever been heard of: can the nodes see and write {self._run.resolve()}?"
             raise RunFailed(
-                f"{self._num_misfortunes} workers in a row ended and no child was trained meanwhile. The last: {reason}"
+                f"{self._num_misfortunes} workers in a row ended and no child was trained meanwhile. The last: "
+                f"{reason}{'' if self._heard_any else unheard}"
             )
 
     def _exclude(self) -> None:

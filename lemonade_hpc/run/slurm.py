@@ -50,6 +50,8 @@ ENDS = {
     "OUT_OF_MEMORY": "out of memory", "PREEMPTED": "preempted", "TIMEOUT": "time limit",
 }  # fmt: skip
 """What a state says of how a worker ended."""
+STUCK = re.compile(r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|Partition\w+Limit|Max\w+PerJob|PerLimit")
+"""In reasons for which a job waits until somebody changes something."""
 TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again", "maxsubmit")
 """What sbatch says, among other words, where the same call may succeed later."""
 NODES_MAY_BE_DOWN = "requested node configuration is not available"
@@ -143,15 +145,21 @@ class SlurmBackend:
         self._ended: dict[str, int] = {}
         """How many queries in a row saw a worker's job to have ended, or not at all."""
         self._last_state: dict[str, str] = {}
+        self._max_array: int | None = None
+        self._stuck: set[str] = set()
+        """Reasons to wait that have been told."""
         self._unexplained: set[str] = set()
         """Workers that are gone, and how is asked."""
         self._jobs: dict[Place, str] = {}
         self._queried_at = self._submitted_at = -math.inf if first else time.monotonic()
 
     def room(self) -> int:
-        """How many workers may be started now."""
-        waited = time.monotonic() - self._submitted_at
-        return self._cluster.max_array if waited >= self._cluster.submit_s else 0
+        """How many workers may be started now: as many as the site and the settings take in one array."""
+        if time.monotonic() - self._submitted_at < self._cluster.submit_s:
+            return 0
+        if self._max_array is None:
+            self._max_array = min(self._cluster.max_array, _site_limit() or self._cluster.max_array)
+        return self._max_array
 
     def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
         """Submit one array. Raises Refused; an error that may pass leaves the workers to be found, or given up."""
@@ -216,11 +224,19 @@ class SlurmBackend:
             self._queried_at = now
             answer = jobs_of(self._run_id, {self._places[name] for name in asked})
             if answer is not None:
-                self._jobs |= {place: job for place, (job, _) in answer.jobs.items()}
+                self._jobs |= {place: job.id for place, job in answer.jobs.items()}
                 for name in asked:
-                    _, state = answer.jobs.get(self._places[name], ("", None))
-                    if state is not None or answer.all:
-                        self._judge(name, state)
+                    job = answer.jobs.get(self._places[name])
+                    if job is not None or answer.all:
+                        self._judge(name, job.state if job else None)
+                    if job is not None:
+                        self._tell_if_stuck(job)
+
+    def _tell_if_stuck(self, job: Job) -> None:
+        """Say it where a job waits for what will not come by itself."""
+        if job.state == "PENDING" and job.reason not in (*self._stuck, "") and STUCK.search(job.reason):
+            self._stuck.add(job.reason)
+            self._note(f"job {job.id} waits for a reason that does not pass by itself: {job.reason}")
 
     def _judge(self, name: str, state: str | None) -> None:
         """What one answer says of one worker."""
@@ -263,10 +279,20 @@ def prefix(run_id: str) -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What Slurm says of a run's jobs: id and state of each; `all`: one that is missing is not in the queue."""
+class Job:
+    """A job as Slurm shows it."""
 
-    jobs: dict[Place, tuple[str, str]]
+    id: str
+    state: str
+    reason: str = ""
+    """Why it waits."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Slurm says of a run's jobs; `all`: one that is missing is not in the queue."""
+
+    jobs: dict[Place, Job]
     all: bool
 
 
@@ -275,7 +301,7 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
 
     sacct is asked too after `wanted` jobs that the queue has forgotten. It may not know yet of jobs just submitted.
     """
-    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T")
+    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r")
     if answer is not None:
         found = _named(run_id, (line.split("|") for line in answer.splitlines()))
     else:
@@ -312,17 +338,25 @@ def _told_by_scontrol(line: str) -> Sequence[str]:
     """Id, name and state of a job in one line of `key=value`."""
     said = dict(part.partition("=")[::2] for part in line.split())
     array, task = said.get("ArrayJobId", said.get("JobId", "")), said.get("ArrayTaskId")
-    return (f"{array}_{task}" if task else array, said.get("JobName", ""), said.get("JobState", ""))
+    name, state, reason = (said.get(key, "") for key in ("JobName", "JobState", "Reason"))
+    return (f"{array}_{task}" if task else array, name, state, reason)
 
 
-def _named(run_id: str, rows: Iterable[Sequence[str]]) -> dict[Place, tuple[str, str]]:
-    """The jobs of a run's workers, of rows of id, name and state; anything else is passed over."""
-    found: dict[Place, tuple[str, str]] = {}
+def _site_limit() -> int | None:
+    """MaxArraySize, the first index that no task may have; None where it is not told."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config") or "", re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _named(run_id: str, rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
+    """The jobs of a run's workers, of rows of id, name, state and reason; anything else is passed over."""
+    found: dict[Place, Job] = {}
     for row in rows:
-        if len(row) == 3 and row[1].startswith(prefix(run_id)) and row[2]:
+        if len(row) >= 3 and row[1].startswith(prefix(run_id)) and row[2]:
             place = row[0].partition("_")[2] or "0"
             if place.isdigit():
-                found[row[1].removeprefix(prefix(run_id)), int(place)] = (row[0], row[2].split()[0])
+                job = Job(row[0], row[2].split()[0], *row[3:4])
+                found[row[1].removeprefix(prefix(run_id)), int(place)] = job
     return found
 
 
