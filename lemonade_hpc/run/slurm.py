@@ -197,7 +197,7 @@ class SlurmBackend:
     def ended(self, name: str) -> str | None:
         """How its job ended, once Slurm has been asked."""
         state, seen = self._last_state.get(name), self._ended.get(name, 0)
-        if state in ENDED or seen >= CONFIRMATIONS:
+        if state in ENDED or seen >= CONFIRMATIONS or name not in self._places:  # the last: it left long ago
             self._unexplained.discard(name)
             return ENDS.get(state or "", DIED)
         self._unexplained.add(name)

@@ -35,7 +35,9 @@ UNFIT, SIGNALLED, TIME_OVER = "unfit", "signalled", "its time is nearly over"
 ORPHAN_S = 60.0
 """A coordinator whose heartbeat stands still for this long is gone."""
 ORPHAN_WAIT_S = 5.0
-"""How long a worker that has finished its work waits for a successor of a coordinator that is gone."""
+"""How long a worker of this machine that has nothing to do waits for a successor of a coordinator that is gone.
+
+A job does not leave for that: its successor may be in the queue, and the job's place there is worth the wait."""
 SPARE_S = 60.0
 """A child is to end, or to be saved, this long before the time limit of the worker's job."""
 WORTH_S = 300.0
@@ -104,7 +106,7 @@ class Worker:
         if self._current or self._queue:
             self._idle_since = now
             return True
-        if now - self._idle_since > ORPHAN_WAIT_S and self._orphaned(now):
+        if self._limit_s is None and now - self._idle_since > ORPHAN_WAIT_S and self._orphaned(now):
             return self._leave("the coordinator is gone")
         return now - self._idle_since < self._idle_exit_s or self._leave("idle")
 
