@@ -15,7 +15,7 @@ from typing import Protocol
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config
-from lemonade_hpc.run import budgets, leftovers, population, record, worker
+from lemonade_hpc.run import budgets, lease, leftovers, population, record, worker
 from lemonade_hpc.run.backends import Backend, Refused
 from lemonade_hpc.run.handle import Key, WorkerHandle
 from lemonade_hpc.run.journal import Event, Journal
@@ -64,6 +64,10 @@ class Coordinator:
         self.stop_signal: int | None = None
         self._journal, self._backend, self._observer = journal, backend, observer
         self._poll_s = config.cluster.poll_s or 0.0
+        self._stale_s = config.cluster.stale_s
+        self._late: list[tuple[WorkerHandle, Message, files.Patience]] = []
+        """Outcomes whose weights are not seen here yet."""
+        self._checked_at = time.monotonic()
         self._handles: dict[str, WorkerHandle] = {}
         self._adopted: frozenset[str] = frozenset()
         self._unwritten: list[Event] = []
@@ -91,6 +95,7 @@ class Coordinator:
         self._check_lease()
         for handle in list(self._handles.values()):
             self._hear(handle)
+        self._look_again()
         committed = self._commit()
         self._retire()
         self._ask()
@@ -115,6 +120,12 @@ class Coordinator:
             self._unwritten = []
 
     def _check_lease(self) -> None:
+        """Raise Superseded. One that was paused has perhaps been followed and does not see it yet: it waits."""
+        bound_s = files.Patience(self._stale_s).bound_s
+        if bound_s and time.monotonic() - self._checked_at > bound_s:
+            self._beat()  # seen by one that waits to follow (`lease.settle`), or that one's epoch is seen here at last
+            time.sleep(2 * bound_s + lease.QUIET_S)
+        self._checked_at = time.monotonic()
         if self._superseded():
             raise Superseded(f"{self.run} has another coordinator now, or is gone; this one has changed nothing since")
 
@@ -168,13 +179,29 @@ class Coordinator:
         if outcome["digest"] != child.digest:
             self._lose(handle, (number, outcome["attempt"]), "worker", f"it reported on network {outcome['digest']}")
             return
-        if "weights" in outcome:
-            path = self.run / outcome["weights"]["path"]
-            if not path.exists() or path.stat().st_size != outcome["weights"]["bytes"]:
+        self._late.append((handle, outcome, files.Patience(self._stale_s)))
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Accept outcomes whose weights are there; those of another machine may be late here."""
+        late, self._late = self._late, []
+        for handle, outcome, patience in late:
+            number = outcome["child"]
+            fine = "weights" not in outcome or self._stored(outcome["weights"])
+            if number not in self.history.state.in_flight or number in self._arrived:
+                continue
+            if patience.waits(fine):
+                self._late.append((handle, outcome, patience))
+            elif fine:
+                self._misfortunes = 0
+                self._arrived[number] = outcome
+            else:
+                path = self.run / outcome["weights"]["path"]
                 self._lose(handle, (number, outcome["attempt"]), "worker", f"{path} is missing or has the wrong size")
-                return
-        self._misfortunes = 0
-        self._arrived[number] = outcome
+
+    def _stored(self, weights: Message) -> bool:
+        path = self.run / weights["path"]
+        return bool(path.exists() and path.stat().st_size == weights["bytes"])
 
     def _commit(self) -> bool:
         """Tell the search what has arrived, in generational mode in the order of child numbers."""
@@ -216,7 +243,8 @@ class Coordinator:
     def _retire(self) -> None:
         """Take back the children of workers that have left or died."""
         for handle in list(self._handles.values()):
-            if handle.said_bye is None and self._backend.alive(handle.name):
+            alive = self._backend.alive(handle.name)
+            if handle.said_bye is None and (alive or handle.last_words.waits(alive)):
                 continue
             self._hear(handle, last_words=handle.said_bye is not None)
             if handle.name in self._handles:
@@ -321,11 +349,14 @@ class Coordinator:
                 files.write(self.run / path, b"")
         self._record({"event": "launched", "workers": names})
         self._write()
-        self._handles |= {name: WorkerHandle(self.run, self._journal.epoch, name) for name in names}
+        self._handles |= {name: self._handle(name) for name in names}
         try:
             self._backend.launch(names)
         except Refused as error:
             raise RunFailed(f"no worker can be started: {error}") from error
+
+    def _handle(self, name: str) -> WorkerHandle:
+        return WorkerHandle(self.run, self._journal.epoch, name, self._stale_s)
 
     def adopt(self) -> None:
         """Take over the workers of earlier coordinators, living or dead.
@@ -333,7 +364,7 @@ class Coordinator:
         What they have reported counts; the living get their children again, those of the dead go back to the pool.
         """
         self._adopted = frozenset(self.history.reporters())
-        self._handles = {name: WorkerHandle(self.run, self._journal.epoch, name) for name in sorted(self._adopted)}
+        self._handles = {name: self._handle(name) for name in sorted(self._adopted)}
         for name, (launch, place) in self.history.workers.items():
             self._backend.adopt(name, launch, place)
         for number in sorted(self.history.state.in_flight):

@@ -286,6 +286,8 @@ class Loaded:
     warnings: tuple[str, ...]
     mended: dict[Path, bytes]
     """Copies of journals that lack lines, as they should be; `lease.open_epoch` puts them back."""
+    late: tuple[str, ...]
+    """What would be damage as well, but may only be seen late on another machine."""
 
 
 def load(run: Path, fixed: Problem, upto: list[Event] | None = None) -> Loaded:
@@ -301,7 +303,7 @@ def load(run: Path, fixed: Problem, upto: list[Event] | None = None) -> Loaded:
                 upto.append(event)
             if event["event"] != "epoch":
                 _apply(history, event, run / files.epoch_folder(number))
-    return Loaded(history, *found.end, tuple(found.warnings), found.mended)
+    return Loaded(history, *found.end, tuple(found.warnings), found.mended, tuple(found.late))
 
 
 def _apply(history: History, event: Event, where: Path) -> None:

@@ -41,6 +41,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
         _check_backend(config)
     try:
         fixed = _prepare(config, data, run)
+        lease.settle(run, config.cluster.stale_s, observer.note, take_over=take_over)
         journal = None
         while journal is None:
             loaded = record.load(run, fixed)
@@ -53,7 +54,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                 _check_backend(config)
             with suppress(lease.Behind):
                 journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over)
-        for text in (*loaded.warnings, *_overspent(history)):
+        for text in (*loaded.warnings, *loaded.late, *_overspent(history)):
             observer.note(text)
         coordinator = Coordinator(run, config, history, journal, _backend(run, config, observer), observer)
         with _signals(coordinator):

@@ -36,7 +36,7 @@ BEAT_S = 5.0
 UNFIT = "unfit"
 """Why a worker leaves that cannot start trainers."""
 ORPHAN_S = 60.0
-"""A coordinator whose heartbeat stands still for this long is gone."""
+"""A coordinator whose heartbeat stands still for this long, and for as long as it may be seen late, is gone."""
 ORPHAN_WAIT_S = 5.0
 """How long a worker that has finished its work waits for a successor of a coordinator that is gone."""
 SPARE_S = 60.0
@@ -141,6 +141,15 @@ def _message(line: bytes) -> Message | None:
     return message if isinstance(message, dict) else None
 
 
+def _owner(run: Path, epoch: int) -> Message | None:
+    """Who holds an epoch, and its configuration; None if that is not seen here."""
+    try:
+        owned: Message = json.loads((run / files.owner(epoch)).read_text())
+    except (OSError, ValueError):
+        return None
+    return owned
+
+
 def _key(message: Message) -> tuple[int, str]:
     return message["child"], message["attempt"]
 
@@ -183,13 +192,12 @@ class Worker:
         self._known: set[tuple[int, str]] = set()
         self._current: Message | None = None
         self._deadline = 0.0
-        self._idle_since = self._beat_at = self._pulse_at = time.monotonic()
+        self._began_at = self._idle_since = self._beat_at = self._pulse_at = time.monotonic()
         self._pulse = -1
         self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), **owner.identity())
         self._ends_at, self._longest_s = math.inf, 0.0
+        self._late, self.poll_s = files.Patience(files.STALE_S), 1.0
         self._follow()
-        if self._limit_s is not None:
-            self._ends_at = time.monotonic() + self._limit_s - SPARE_S
 
     def step(self) -> bool:
         """Do what there is to do without waiting; False once the worker has left."""
@@ -197,6 +205,8 @@ class Worker:
             return self._leave("signalled")
         if not self._follow():
             return self._leave("given up by a later coordinator")
+        if not self._epoch:
+            return True
         for message in self._assigned.poll():
             if not self._obey(message):
                 return self._leave("stopped by the coordinator")
@@ -222,24 +232,28 @@ class Worker:
     # ------------------------------------------------------------ the coordinator
 
     def _follow(self) -> bool:
-        """Turn to the highest epoch; False if it has no mailbox for this worker."""
+        """Turn to the highest epoch; False if it has no mailbox for this worker, not even late."""
         epoch = max(files.epochs(self.run), default=0)
         if epoch == self._epoch:
+            self._late.waits(True)
             return True
         path = self.run / files.assigned_log(epoch, self.name)
-        if not path.exists():
-            return False
-        self._epoch, self._assigned = epoch, LogReader(path)
+        owned = _owner(self.run, epoch) if path.exists() else None
+        if owned is None:
+            return self._late.waits(False)
         for task in self._queue:  # the new coordinator sends again what it wants done
             self._known.discard(_key(task))
         self._queue.clear()
         self._pulse, self._idle_since = -1, time.monotonic()
-        owned = json.loads((self.run / files.owner(epoch)).read_text())
         self._owner = owned["owner"]
         cluster = owned["config"]["cluster"]
+        self._stale_s = cluster["stale_s"]
+        self._late, self._assigned = files.Patience(self._stale_s), LogReader(path, self._stale_s)
         self._idle_exit_s, self._timeout_s = cluster["idle_exit_min"] * 60, cluster["child_timeout_min"] * 60
         self.poll_s = cluster["poll_s"]
-        self._limit_s = cluster["time_min"] * 60 if cluster["backend"] == "slurm" else None
+        if not self._epoch and cluster["backend"] == "slurm":
+            self._ends_at = self._began_at + cluster["time_min"] * 60 - SPARE_S
+        self._epoch = epoch
         return True
 
     def _orphaned(self, now: float) -> bool:
@@ -250,7 +264,7 @@ class Worker:
         pulse = os.stat(self.run / files.heartbeat(self._epoch)).st_size
         if pulse != self._pulse:
             self._pulse, self._pulse_at = pulse, now
-        return now - self._pulse_at > ORPHAN_S
+        return now - self._pulse_at > ORPHAN_S + (self._stale_s or 0)
 
     def _obey(self, message: Message) -> bool:
         """Carry out one message; False for `stop`."""
