@@ -201,6 +201,9 @@ class Cluster(_Section):
     poll_s: Annotated[Real, Field(gt=0)] | None = Field(
         None, description="time between looks at logs; local: 0.02, slurm: 1"
     )
+    stale_s: Annotated[Real, Field(ge=0)] | None = Field(
+        None, description="how late a node may see other nodes' files; slurm: 60, as on NFS; 0 on Lustre or GPFS"
+    )
 
 
 class Storage(_Section):
@@ -410,6 +413,10 @@ def resolve(config: Config, shape: tuple[int, int, int]) -> Config:
                 f"training.{key}: got {getattr(training, key)}; the images have {shape[1]} x {shape[2]} pixels, "
                 f"so it must be at most {min(shape[1:])}"
             )
-    default_s = 1.0 if config.cluster.backend == "slurm" else 0.02
-    cluster = config.cluster.model_copy(update={"poll_s": config.cluster.poll_s or default_s})
+    slurm, stale_s = config.cluster.backend == "slurm", config.cluster.stale_s
+    times = {
+        "poll_s": config.cluster.poll_s or (1.0 if slurm else 0.02),
+        "stale_s": 60.0 if slurm and stale_s is None else stale_s,
+    }
+    cluster = config.cluster.model_copy(update=times)
     return config.model_copy(update={"training": training, "cluster": cluster})

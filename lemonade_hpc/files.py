@@ -1,7 +1,8 @@
 """Durable writes, checked lines, and where things lie in a run folder.
 
 Decides: the one way a file is written (temporary file, fsync, replace, fsync of the folder), the one text of a JSON
-value, and every path. Standard library only. Paths in a run are relative to it, so that it can be moved.
+value, every path, and how long what another machine has written may be late before it counts as missing or damaged.
+Standard library only. Paths in a run are relative to it, so that it can be moved.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,26 @@ WEIGHTS = "weights.safetensors"
 
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 """Errors of the file system, not of the program: the run pauses and can go on once they are gone."""
+
+STALE_S = 60.0
+"""For how long a machine may see what others do in a shared folder as it was before: NFS's acregmax and acdirmax."""
+
+
+class Patience:
+    """Tells what is late from what is wrong: on a file system that is up to `stale_s` late, wrong is what stays so.
+
+    `bound_s` is a little longer. Without `stale_s` what is wrong is so at once.
+    """
+
+    def __init__(self, stale_s: float | None) -> None:
+        self.bound_s = 1.1 * stale_s + 1 if stale_s else 0.0
+        self._since: float | None = None
+
+    def waits(self, fine: bool) -> bool:
+        """Whether to look again later: it is not fine, and has not been so for longer than the bound."""
+        now = time.monotonic()
+        self._since = None if fine else now if self._since is None else self._since
+        return self._since is not None and now - self._since < self.bound_s
 
 
 def child_folder(child: int) -> Path:

@@ -48,6 +48,9 @@ NUM_MEASURED = 256
 EXACT_TOLERANCE = 1e-6
 """Largest difference of logits, relative to their scale, that an exact edit may make in stored float32 weights."""
 
+LATE_POLL_S = 0.5
+"""Time between looks for a parent's weights that are not there yet."""
+
 
 class ParentDamaged(RuntimeError):  # noqa: N818
     """The parent's stored weights are not those of the record: another attempt would find the same."""
@@ -196,15 +199,27 @@ def _network(lab: Lab, graph: graphs.Graph, weights: Weights) -> Network:
 
 
 def _read(lab: Lab, stored: dict[str, Any]) -> Weights:
-    """Read the weights that an outcome names; raises ParentDamaged where the file is gone or not what was stored."""
-    path = lab.run / stored["path"]
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ParentDamaged(f"{path}: is gone") from error
+    """Read the weights that an outcome names; raises ParentDamaged where the file is gone or not what was stored.
+
+    Another machine's file may be late here: it is looked for again before anything is said of it.
+    """
+    path, patience = lab.run / stored["path"], files.Patience(lab.config.cluster.stale_s)
+    content = _content(path)
+    while patience.waits(content is not None and files.sha256(content) == stored["sha256"]):
+        time.sleep(LATE_POLL_S)
+        content = _content(path)
+    if content is None:
+        raise ParentDamaged(f"{path}: is gone")
     if files.sha256(content) != stored["sha256"]:
         raise ParentDamaged(f"{path}: damaged or replaced, its sha256 is not {stored['sha256']}")
     return {name: value.to(lab.device) for name, value in load(content).items()}
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _morph(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config
-from lemonade_hpc.run import budgets, leftovers, population, record
+from lemonade_hpc.run import budgets, lease, leftovers, population, record
 from lemonade_hpc.run.backends import Backend
 from lemonade_hpc.run.crew import Crew
 from lemonade_hpc.run.crew import Observer as Observer
@@ -49,6 +49,10 @@ class Coordinator:
         self._crew = Crew(config.cluster, self._ledger, backend, observer)
         self._backend, self._observer = backend, observer
         self._poll_s = config.cluster.poll_s or 0.0
+        self._stale_s = config.cluster.stale_s
+        self._checked_at = time.monotonic()
+        self._late: list[tuple[Message, files.Patience]] = []
+        """Outcomes whose weights are not seen here yet."""
         self._arrived: dict[int, Message] = {}
         self._settled: list[Message] = []
         """Outcomes committed in this turn."""
@@ -76,7 +80,7 @@ class Coordinator:
 
         The order is the protocol: what an assignment (`_dispatch`) or a deletion (`_delete`) rests on is durable first.
         """
-        self._ledger.check()
+        self._check_lease()
         self._crew.hear()
         committed = self._commit()
         self._crew.retire()
@@ -105,6 +109,15 @@ class Coordinator:
             return f"cluster.max_gpu_hours: {cap:g} GPU-hours are spent, as many as this run may; raise it to go on"
         return None
 
+    def _check_lease(self) -> None:
+        """Raise Superseded. One that was paused has perhaps been followed and does not see it yet: it waits."""
+        bound_s = files.Patience(self._stale_s).bound_s
+        if bound_s and time.monotonic() - self._checked_at > bound_s:
+            self._beat()  # seen by one that waits to follow (`lease.settle`), or that one's epoch is seen here at last
+            time.sleep(2 * bound_s + lease.QUIET_S)
+        self._checked_at = time.monotonic()
+        self._ledger.check()
+
     def _beat(self) -> None:
         self._beat_at = time.monotonic()
         with open(self.run / files.heartbeat(self._ledger.epoch), "ab") as file:
@@ -115,23 +128,27 @@ class Coordinator:
 
     def _take(self) -> None:
         """Keep what has been reported until it may be told; the first valid outcome of a child wins."""
-        for outcome in self._crew.outcomes:
+        new = [(outcome, files.Patience(self._stale_s)) for outcome in self._crew.outcomes]
+        waiting, self._late = self._late + new, []
+        self._crew.outcomes.clear()
+        for outcome, patience in waiting:
             number = outcome["child"]
             child = self.history.state.in_flight.get(number)
             if child is None or number in self._arrived:
                 continue
-            reason = self._invalid(outcome, child.digest)
-            if reason is None:
+            reason = None if outcome["digest"] == child.digest else f"it reported on network {outcome['digest']}"
+            missing = self._missing(outcome)
+            if reason is None and patience.waits(missing is None):  # another machine's file may be late here
+                self._late.append((outcome, patience))
+            elif reason or missing:
+                wasted_s = outcome.get("wall_s", 0.0)
+                self._crew.lose((number, outcome["attempt"]), "worker", f"{reason or missing}", wasted_s)
+            else:
                 self._crew.prospered()
                 self._arrived[number] = outcome
-            else:
-                self._crew.lose((number, outcome["attempt"]), "worker", reason, outcome.get("wall_s", 0.0))
-        self._crew.outcomes.clear()
 
-    def _invalid(self, outcome: Message, digest: str) -> str | None:
-        """Why an outcome is none."""
-        if outcome["digest"] != digest:
-            return f"it reported on network {outcome['digest']}"
+    def _missing(self, outcome: Message) -> str | None:
+        """What is not there of the weights that an outcome names."""
         if "weights" in outcome:
             path = self.run / outcome["weights"]["path"]
             if not path.exists() or path.stat().st_size != outcome["weights"]["bytes"]:
@@ -221,7 +238,7 @@ class Coordinator:
 
     def _tidy(self) -> None:
         """Remove what killed coordinators and workers may have left behind."""
-        self._ledger.check()
+        self._check_lease()
         self.history.release()
         useless = leftovers.half_made(self.run) + leftovers.beside_weights(self.run, self.history.results.values())
         for path in (*useless, *leftovers.jobs(self.run, self._launches())):
@@ -248,7 +265,7 @@ class Coordinator:
         """Delete the weights of children that nobody needs."""
         if self.config.storage.keep == "all" or not numbers:
             return
-        self._ledger.check()
+        self._check_lease()
         for number in numbers:
             files.remove(self.run / files.child_folder(number))
 
@@ -268,7 +285,7 @@ class Coordinator:
         """Write the whole population to one file, and say so in the record."""
         self._refuse_empty()
         self._ledger.write()
-        self._ledger.check()
+        self._check_lease()
         self._ledger.record(population.complete(self.run, self.history, self._ledger.epoch))
         self._ledger.write()
         self._remove_replaced()

@@ -116,7 +116,8 @@ class Crew:
     def retire(self) -> None:
         """Take back the children of workers that have left or died, and exclude nodes that are at fault."""
         for handle in list(self.handles.values()):
-            if handle.said_bye is None and self._backend.alive(handle.name):
+            alive = self._backend.alive(handle.name)
+            if handle.said_bye is None and (alive or handle.last_words.waits(alive)):
                 continue
             self._hear(handle, last_words=handle.said_bye is not None)
             if handle.name in self.handles:
@@ -246,7 +247,7 @@ class Crew:
                 files.write(self._run / path, b"")
         self._ledger.record({"event": "launched", "workers": names, "gpus": self._backend.gpus})
         self._ledger.write()
-        self.handles |= {name: WorkerHandle(self._run, epoch, name) for name in names}
+        self.handles |= {name: WorkerHandle(self._run, epoch, name, self._cluster.stale_s) for name in names}
         excluded = self._ledger.history.excluded
         try:
             self._backend.launch(names, excluded.keys())
@@ -272,8 +273,9 @@ class Crew:
         What they have reported counts; the living get their children again, those of the dead go back to the pool.
         """
         history = self._ledger.history
+        epoch, stale_s = self._ledger.epoch, self._cluster.stale_s
         self._adopted = frozenset(history.reporters())
-        self.handles = {name: WorkerHandle(self._run, self._ledger.epoch, name) for name in sorted(self._adopted)}
+        self.handles = {name: WorkerHandle(self._run, epoch, name, stale_s) for name in sorted(self._adopted)}
         for name, known in history.workers.items():
             self._backend.adopt(name, known.launch, known.place)
         for number in sorted(history.state.in_flight):

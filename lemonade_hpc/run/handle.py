@@ -18,7 +18,7 @@ Key = tuple[int, str]
 class WorkerHandle:
     """A worker's two logs, which exist, and what is known of it; without an `epoch`, only what it reports."""
 
-    def __init__(self, run: Path, epoch: int | None, name: str) -> None:
+    def __init__(self, run: Path, epoch: int | None, name: str, stale_s: float | None = None) -> None:
         self.name = name
         self.tasks: dict[Key, Message] = {}
         """What it was given and has not reported on."""
@@ -42,8 +42,10 @@ class WorkerHandle:
         """In words, for people."""
         self.said_bye: str | None = None
         """Why it left."""
+        self.last_words = files.Patience(stale_s)
+        """How long to wait for them once it has died."""
         self._mailbox = None if epoch is None else LogWriter(run / files.assigned_log(epoch, name))
-        self._reader = LogReader(run / files.done_log(name))
+        self._reader = LogReader(run / files.done_log(name), stale_s)
 
     @property
     def damaged(self) -> Path | None:

@@ -32,6 +32,8 @@ class Journals:
     warnings: list[str]
     mended: dict[Path, bytes]
     """Copies that lack lines, as they should be; `lease.open_epoch` puts them back."""
+    late: list[str]
+    """First copies that end early: cut, or on another machine's file system and seen late."""
 
     @property
     def end(self) -> tuple[int, str]:
@@ -41,7 +43,7 @@ class Journals:
 
 def read(run: Path, newest: int | None = None) -> Journals:
     """Read all epochs that count, or those up to `newest`; raises RecordError for what both copies have lost."""
-    found = Journals([], [], {})
+    found = Journals([], [], {}, [])
     newest = wanted = max(files.epochs(run), default=0) if newest is None else newest
     until: str | None = None
     while wanted:
@@ -90,14 +92,18 @@ def _more(copies: dict[Path, bytes], lines: Lines) -> bool:
 
 
 def _compare(found: Journals, copies: dict[Path, bytes], lines: Lines, *, newest: bool) -> None:
-    """Note which copies lack lines. One short of its end is what a crash leaves, or a writer at work: no warning."""
+    """Note which copies lack lines.
+
+    A second copy short of its end is what a crash leaves, or a writer at work: no warning. A first one may be late.
+    """
     for k, (path, content) in enumerate(copies.items()):
         own = len(walk([content]))
         if own >= len(lines):
             continue
         found.mended[path] = "".join(f"{link} {body}\n" for link, body in lines).encode()
-        if not (newest and k == 1 and content.count(b"\n") == own):
-            found.warnings.append(
+        short = newest and content.count(b"\n") == own
+        if not (short and k == 1):
+            (found.late if short else found.warnings).append(
                 f"{path}: damaged after line {own}; {len(lines) - own} lines were read from the other copy"
             )
 

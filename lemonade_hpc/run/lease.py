@@ -3,17 +3,19 @@
 Decides: whether a run is free, and how a coordinator becomes its only one. An epoch is one coordinator's life; its
 folder, made complete and renamed into place, is the lease, for a rename succeeds once. No lock is ever taken. A
 coordinator that is superseded finds out by looking for a higher epoch; what it still writes counts for nothing, for its
-journal is its own and the files it makes bear its epoch's number.
+journal is its own and the files it makes bear its epoch's number. Where a coordinator follows one of another machine,
+what that one did may be seen late; it is waited for (`settle`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,10 @@ from lemonade_hpc.run import journal, owner, slurm
 from lemonade_hpc.run.journal import Journal, RecordError
 from lemonade_hpc.run.log import LogWriter
 from lemonade_hpc.run.record import Loaded
+
+QUIET_S = 5.0
+"""Longer than between two beats of a coordinator, and than from the last look at a record to the lease."""
+LOOK_S = 0.5
 
 
 class Held(ConfigError):  # noqa: N818
@@ -107,6 +113,56 @@ def _prepare(run: Path, aside: Path, number: int, config: Config, loaded: Loaded
         files.write(aside / "workers" / worker / "assigned.log", b"")
     files.sync_folder(aside)
     return link
+
+
+def settle(run: Path, stale_s: float | None, note: Callable[[str], None], *, take_over: bool) -> None:
+    """Wait until all that the last coordinator did must be seen here; nothing to wait for if it was on this machine.
+
+    On a file system that is up to `stale_s` late, lines that it has committed may not be seen yet, and a journal that
+    continues before them would make them void. Only looking on tells whether one on another machine lives: what is seen
+    to change later than all that was done before is its work. Raises Held in that case.
+    """
+    if not _elsewhere(run):
+        return
+    check_free(run, take_over=take_over)
+    bound_s = files.Patience(files.STALE_S if stale_s is None else stale_s).bound_s
+    quiet_s = 2 * bound_s + QUIET_S
+    note(f"its last coordinator was on another machine: looking on for {quiet_s:.0f} s (by cluster.stale_s) first")
+    began = since = time.monotonic()
+    seen = _sight(run)
+    while time.monotonic() - since < quiet_s:
+        time.sleep(LOOK_S)
+        before, seen = seen, _sight(run)
+        if seen != before:
+            since = time.monotonic()
+            if since - began > bound_s:
+                raise _at_work(run)
+
+
+def _elsewhere(run: Path) -> bool:
+    """Whether there is a coordinator to follow that was on another machine, and ended in no good order."""
+    numbers = files.epochs(run)
+    if not numbers:
+        return False
+    with contextlib.suppress(RecordError):
+        events = [json.loads(body)["event"] for _, body in journal.read(run).epochs[-1][1]]
+        complete = "complete" in events and "asked" not in events[events.index("complete") :]
+        if complete or events[-1] == "closed":
+            return False
+        return bool(read_owner(run, numbers[-1]).get("owner", {}).get("host") != owner.identity()["host"])
+    return True
+
+
+def _sight(run: Path) -> tuple[int, list[int | None]]:
+    """What changes as a coordinator works: the newest epoch, the sizes of its heartbeat and journals."""
+    number = files.epochs(run)[-1]
+    sizes: list[int | None] = []
+    for path in (files.heartbeat(number), *files.journals(number)):
+        try:
+            sizes.append((run / path).stat().st_size)
+        except FileNotFoundError:
+            sizes.append(None)
+    return number, sizes
 
 
 def check_free(run: Path, *, take_over: bool) -> None:

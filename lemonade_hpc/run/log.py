@@ -8,6 +8,7 @@ exactly one writer, ever, and exists before its reader starts. Nothing is truste
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lemonade_hpc.files import dumps
+from lemonade_hpc.files import Patience, dumps
 
 LINK_LENGTH = 16
 START = "0" * LINK_LENGTH
@@ -106,11 +107,16 @@ def walk(copies: Iterable[bytes]) -> list[tuple[str, str]]:
 
 
 class LogReader:
-    """Follows a log that another process appends to, re-opened at every poll: whole, checked messages only."""
+    """Follows a log that another process appends to, re-opened at every poll: whole, checked messages only.
 
-    def __init__(self, path: Path) -> None:
+    Where the other one is on another machine, whose files are seen up to `stale_s` late, a log may end before what was
+    read of it already, and a line may be damaged for a while: zeros stand where only its size is known.
+    """
+
+    def __init__(self, path: Path, stale_s: float | None = None) -> None:
         self.path = path
         self.num_damaged = 0
+        self._patience = Patience(stale_s)
         self._offset = 0
         self._previous = START
 
@@ -120,9 +126,15 @@ class LogReader:
             with open(self.path, "rb") as file:
                 file.seek(self._offset)
                 content = file.read()
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
             return []
         lines, rest = parse(content, self._previous)
+        sound = next((k for k, (_, _, body) in enumerate(lines) if body is None), len(lines))
+        if self._patience.waits(sound == len(lines)):
+            *whole, rest = content.split(b"\n", sound)
+            lines = lines[:sound]
         self._offset += len(content) - len(rest)
         if lines:
             self._previous = lines[-1][1]

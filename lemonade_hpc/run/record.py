@@ -366,6 +366,8 @@ class Loaded:
     warnings: tuple[str, ...]
     mended: dict[Path, bytes]
     """Copies of journals that lack lines, as they should be; `lease.open_epoch` puts them back."""
+    late: tuple[str, ...]
+    """What would be damage as well, but may only be seen late on another machine."""
 
 
 def load(run: Path, fixed: Problem, upto: list[Event] | None = None) -> Loaded:
@@ -383,7 +385,7 @@ def load(run: Path, fixed: Problem, upto: list[Event] | None = None) -> Loaded:
                 history.num_crashes += 1  # until it closes in good order
             else:
                 _apply(history, event, run / files.epoch_folder(number))
-    return Loaded(history, *found.end, tuple(found.warnings), found.mended)
+    return Loaded(history, *found.end, tuple(found.warnings), found.mended, tuple(found.late))
 
 
 def _apply(history: History, event: Event, where: Path) -> None:

@@ -49,16 +49,17 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
         fixed = _prepare(config, data, run)
         journal = None
         while journal is None:
-            loaded = record.load(run, fixed)
-            history = loaded.history
-            if _nothing_to_do(run, loaded):
-                for text in _overspent(history):
-                    observer.note(text)
-                return history
-            if not new:
-                _check_backend(config)
-            chain.refuse_crash_loop(history, observer.note)
             try:
+                lease.settle(run, config.cluster.stale_s, observer.note, take_over=take_over)
+                loaded = record.load(run, fixed)
+                history = loaded.history
+                if _nothing_to_do(run, loaded):
+                    for text in _overspent(history):
+                        observer.note(text)
+                    return history
+                if not new:
+                    _check_backend(config)
+                chain.refuse_crash_loop(history, observer.note)
                 journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over)
             except lease.Behind:
                 pass
@@ -67,7 +68,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                     raise
                 observer.note(f"{held}. Waiting for that")
                 time.sleep(HELD_S)
-        for text in (*loaded.warnings, *_overspent(history)):
+        for text in (*loaded.warnings, *loaded.late, *_overspent(history)):
             observer.note(text)
         coordinator = Coordinator(run, config, history, journal, _backend(run, config, observer), observer)
         with _signals(coordinator):

@@ -5,6 +5,7 @@ Decides: the content of `front --json` and `status --json`. Reads only; needs no
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,37 @@ from lemonade_hpc import files
 from lemonade_hpc.config import from_dict
 from lemonade_hpc.run import lease, owner, population, record, slurm
 from lemonade_hpc.run.handle import WorkerHandle
-from lemonade_hpc.run.record import History, Loaded
+from lemonade_hpc.run.record import History, Loaded, RecordError
 from lemonade_hpc.search import evolution, morphisms
 from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search.evolution import Problem
 
 NUM_FAILURES = 10
+LOOK_S = 0.5
+"""Time between looks at what may be late."""
 
 
 def read(run: Path) -> tuple[dict[str, Any], Problem, Loaded]:
-    """A run's identity, its problem with the newest settings, and its record. Raises ConfigError or RecordError."""
-    content, fixed = problem(run)
-    return content, fixed, record.load(run, fixed)
+    """A run's identity, its problem with the newest settings, and its record. Raises ConfigError or RecordError.
+
+    What another machine writes may be seen late here, one file later than another: what is wrong is looked at again.
+    """
+    late = patience(run)
+    while True:
+        try:
+            content, fixed = problem(run)
+            loaded = record.load(run, fixed)
+            if not late.waits(not loaded.warnings):
+                return content, fixed, loaded
+        except RecordError:
+            if not late.waits(False):
+                raise
+        time.sleep(LOOK_S)
+
+
+def patience(run: Path) -> files.Patience:
+    """For how long what is wrong with a run may only be late here. Raises ConfigError."""
+    return files.Patience(record.read_identity(run)["config"]["cluster"]["stale_s"])
 
 
 def problem(run: Path) -> tuple[dict[str, Any], Problem]:

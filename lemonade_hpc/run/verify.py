@@ -5,6 +5,7 @@ Decides: what a sound run is. Reads only.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ import numpy as np
 from lemonade_hpc import files
 from lemonade_hpc.run import budgets, journal, population, record, status
 from lemonade_hpc.run.journal import Event
-from lemonade_hpc.run.record import History
+from lemonade_hpc.run.record import History, RecordError
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
 
@@ -25,11 +26,21 @@ LOOKS = 10
 
 def verify(run: Path) -> list[tuple[str, list[str]]]:
     """Each check's name and what it found wrong. Raises ConfigError or RecordError where nothing can be read."""
-    for _ in range(LOOKS):
-        end, checks = _verify(run)
-        if not any(faults for _, faults in checks) or journal.read(run).end == end:
-            break
-    return checks
+    late, looks = status.patience(run), 0
+    while True:
+        try:
+            end, checks = _verify(run)
+            faulty = any(faults for _, faults in checks)
+        except RecordError:
+            if not late.waits(False):
+                raise
+            faulty = True
+        if late.waits(not faulty):
+            time.sleep(status.LOOK_S)
+            continue
+        looks += 1
+        if not faulty or looks == LOOKS or journal.read(run).end == end:
+            return checks
 
 
 def _verify(run: Path) -> tuple[tuple[int, str], list[tuple[str, list[str]]]]:
@@ -40,7 +51,7 @@ def _verify(run: Path) -> tuple[tuple[int, str], list[tuple[str, list[str]]]]:
     history = loaded.history
     return (loaded.epoch, loaded.link), [
         ("the run is what it was started as", list(_identity(run, fixed, events))),
-        ("journals intact in both copies", list(loaded.warnings)),
+        ("journals intact in both copies", [*loaded.warnings, *loaded.late]),
         ("every decision repeats", list(_decisions(fixed, events))),
         ("attempts within their budgets", list(_attempts(events))),
         ("sealed files match the journals", list(_sealed(run, history, events))),

@@ -33,7 +33,7 @@ BEAT_S = 5.0
 UNFIT, SIGNALLED, TIME_OVER = "unfit", "signalled", "its time is nearly over"
 """Why a worker leaves: it cannot start trainers; it was sent a signal; its job ends soon."""
 ORPHAN_S = 60.0
-"""A coordinator whose heartbeat stands still for this long is gone."""
+"""A coordinator whose heartbeat stands still for this long, and for as long as it may be seen late, is gone."""
 ORPHAN_WAIT_S = 5.0
 """How long a worker of this machine that has nothing to do waits for a successor of a coordinator that is gone.
 
@@ -44,6 +44,15 @@ WORTH_S = 300.0
 """A child that would not end before that is begun all the same where there is this much time: it goes on elsewhere."""
 SAVE_S = 10.0
 """How long a worker that must leave waits for its child's checkpoint."""
+
+
+def _owner(run: Path, epoch: int) -> Message | None:
+    """Who holds an epoch, and its configuration; None if that is not seen here."""
+    try:
+        owned: Message = json.loads((run / files.owner(epoch)).read_text())
+    except (OSError, ValueError):
+        return None
+    return owned
 
 
 def _key(message: Message) -> tuple[int, str]:
@@ -71,21 +80,21 @@ class Worker:
         self._known: set[tuple[int, str]] = set()
         self._current: Message | None = None
         self._deadline = 0.0
-        self._idle_since = self._beat_at = self._pulse_at = time.monotonic()
+        self._began_at = self._idle_since = self._beat_at = self._pulse_at = time.monotonic()
         self._pulse = -1
-        self._born = time.monotonic()
         who = owner.identity()
         node = os.environ.get("SLURMD_NODENAME", who["host"])
         self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), node=node, **who)
         self._ends_at, self._longest_s = math.inf, 0.0
+        self._late, self.poll_s = files.Patience(files.STALE_S), 1.0
         self._follow()
-        if self._limit_s is not None:
-            self._ends_at = time.monotonic() + self._limit_s - SPARE_S
 
     def step(self) -> bool:
         """Do what there is to do without waiting; False once the worker has left."""
         if not self._follow():
             return self._leave("given up by a later coordinator")
+        if not self._epoch:
+            return not self.signalled or self._leave(SIGNALLED)
         for message in self._assigned.poll():
             if not self._obey(message):
                 return self._leave("stopped by the coordinator")
@@ -106,31 +115,35 @@ class Worker:
         if self._current or self._queue:
             self._idle_since = now
             return True
-        if self._limit_s is None and now - self._idle_since > ORPHAN_WAIT_S and self._orphaned(now):
+        if self._ends_at == math.inf and now - self._idle_since > ORPHAN_WAIT_S and self._orphaned(now):
             return self._leave("the coordinator is gone")
         return now - self._idle_since < self._idle_exit_s or self._leave("idle")
 
     # ------------------------------------------------------------ the coordinator
 
     def _follow(self) -> bool:
-        """Turn to the highest epoch; False if it has no mailbox for this worker."""
+        """Turn to the highest epoch; False if it has no mailbox for this worker, not even late."""
         epoch = max(files.epochs(self.run), default=0)
         if epoch == self._epoch:
+            self._late.waits(True)
             return True
         path = self.run / files.assigned_log(epoch, self.name)
-        if not path.exists():
-            return False
-        self._epoch, self._assigned = epoch, LogReader(path)
+        owned = _owner(self.run, epoch) if path.exists() else None
+        if owned is None:
+            return self._late.waits(False)
         for task in self._queue:  # the new coordinator sends again what it wants done
             self._known.discard(_key(task))
         self._queue.clear()
         self._pulse, self._idle_since = -1, time.monotonic()
-        owned = json.loads((self.run / files.owner(epoch)).read_text())
         self._owner = owned["owner"]
         cluster = owned["config"]["cluster"]
+        self._stale_s = cluster["stale_s"]
+        self._late, self._assigned = files.Patience(self._stale_s), LogReader(path, self._stale_s)
         self._idle_exit_s, self._timeout_s = cluster["idle_exit_min"] * 60, cluster["child_timeout_min"] * 60
         self.poll_s = cluster["poll_s"]
-        self._limit_s = cluster["time_min"] * 60 if cluster["backend"] == "slurm" else None
+        if not self._epoch and cluster["backend"] == "slurm":
+            self._ends_at = self._began_at + cluster["time_min"] * 60 - SPARE_S
+        self._epoch = epoch
         return True
 
     def _orphaned(self, now: float) -> bool:
@@ -141,7 +154,7 @@ class Worker:
         pulse = os.stat(self.run / files.heartbeat(self._epoch)).st_size
         if pulse != self._pulse:
             self._pulse, self._pulse_at = pulse, now
-        return now - self._pulse_at > ORPHAN_S
+        return now - self._pulse_at > ORPHAN_S + (self._stale_s or 0)
 
     def _obey(self, message: Message) -> bool:
         """Carry out one message; False for `stop`."""
@@ -258,7 +271,7 @@ class Worker:
     # ------------------------------------------------------------ reports
 
     def _say(self, what: str, *, durable: bool = False, **rest: Any) -> None:
-        at = round(time.monotonic() - self._born, 3)
+        at = round(time.monotonic() - self._began_at, 3)
         self._done.append([{"say": what, "at": at, **rest}], durable=durable)
 
     def _leave(self, reason: str) -> bool:

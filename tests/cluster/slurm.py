@@ -112,9 +112,9 @@ class Slurm:
             process.kill()
             process.wait()
 
-    def start_node(self, name: str) -> None:
-        """Start one slurmd."""
-        self.start(name, "slurmd", "-D", "-N", name, "-f", self.folder / "slurm.conf")
+    def start_node(self, name: str, inside: Sequence[str] = ()) -> None:
+        """Start one slurmd; `inside`: the words that start a command in name spaces of its own."""
+        self.start(name, *inside, "slurmd", "-D", "-N", name, "-f", self.folder / "slurm.conf")
 
     def start_accounting(self) -> None:
         """Start slurmdbd."""

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ objectives: [{{name: val_error}}, {{name: params, min: 100, max: 30000}}]
 search: {{mode: generational, children: 24, proposals: 20, accepted: 8}}
 training: {{initial_epochs: 3, epochs: 1}}
 cluster:
-  {{backend: {backend}, workers: 4, device: cpu, mem_gb: 1, time_min: 10, status_s: 1, submit_s: 1, poll_s: 0.1{more}}}
+  {{backend: {backend}, workers: 4, device: cpu, mem_gb: 1, time_min: 10, status_s: 1, submit_s: 1, poll_s: 0.1,
+    stale_s: 0{more}}}
 """
 KILL_BEFORE_THE_TASKS_ARE_NAMED = """
 import os, signal, sys
@@ -47,8 +49,7 @@ def slurm() -> Iterator[Slurm]:
 @pytest.fixture
 def home(slurm: Slurm, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A folder of the ordinary user's, with a configuration for each backend."""
-    folder = Path(slurm.user.pw_dir) / request.node.name.partition("[")[0]
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix=f"{request.node.name.partition('[')[0]}-", dir=slurm.user.pw_dir))
     for backend in ("local", "slurm"):
         (folder / f"{backend}.yaml").write_text(CONFIG.format(backend=backend, more=""))
     os.chown(folder, slurm.user.pw_uid, slurm.user.pw_gid)
@@ -82,7 +83,8 @@ def front(slurm: Slurm, home: Path, run: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def expected(slurm: Slurm) -> list[Any]:
     """The front of the same search by the local backend."""
-    home = Path(slurm.user.pw_dir)
+    home = Path(tempfile.mkdtemp(prefix="local-", dir=slurm.user.pw_dir))
+    os.chown(home, slurm.user.pw_uid, slurm.user.pw_gid)
     (home / "local.yaml").write_text(CONFIG.format(backend="local", more=""))
     code, _, err = lemonade(slurm, home, "search", "local.yaml", "--run", "local")
     assert code == 0, err

@@ -355,7 +355,7 @@ def soak(run: Path, num_children: int, seed: int, *, faults: bool = True) -> Wor
     settings = doubles.config(
         seed=seed,
         search={"mode": "generational", "children": num_children, "accepted": 60, "proposals": 120},
-        cluster={"backend": "slurm", "workers": WORKERS, "time_min": 60, "poll_s": 1.0},
+        cluster={"backend": "slurm", "workers": WORKERS, "time_min": 60, "poll_s": 1.0, "stale_s": 0.0},
         storage={"seal_every": 500},
     )
     world = World(run, seed, num_children, faults=faults)
