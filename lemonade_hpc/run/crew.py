@@ -188,7 +188,7 @@ class Crew:
             unheard = f". None has ever been heard of: can the nodes see and write {self._run.resolve()}?"
             raise RunFailed(
                 f"{self._num_misfortunes} workers in a row ended and no child was trained meanwhile. The last: "
-                f"{reason}{'' if self._heard_any else unheard}"
+                f"{reason}{'' if self._heard_any or not self._backend.excludes else unheard}"
             )
 
     def _exclude(self) -> None:

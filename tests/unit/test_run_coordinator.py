@@ -369,7 +369,7 @@ def test_workers_that_die_in_a_row_end_the_run(run: Path) -> None:
         def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
             pass
 
-    with pytest.raises(RunFailed, match=r"7 workers in a row .* The last: worker e1w\d\d died.*None has ever been"):
+    with pytest.raises(RunFailed, match=r"7 workers in a row .* The last: worker e1w\d\d died"):
         doubles.search(run, SETTINGS, backend=Stillborn(run))
 
 
