@@ -160,9 +160,10 @@ def show_status(
     """Show what runs, what is done, failures with reasons, the front."""
     _exclusive(watch=watch, json=as_json)
 
-    from lemonade_hpc.run import record, status
+    from lemonade_hpc.run import record, slurm, status
     from lemonade_hpc.view import tables
 
+    judge = slurm.PatientJudge()
     num_validation = record.read_identity(run)["data"]["num_validation"]
     if as_json:
         typer.echo(json.dumps(status.status(run), indent=1))
@@ -170,7 +171,7 @@ def show_status(
     out = tables.console()
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            data = status.status(run)
+            data = status.status(run, judge)
             if watch:
                 out.clear()
             out.print(tables.status_view(data, num_validation))

@@ -31,7 +31,7 @@ MAY_CHANGE = ("cluster", "storage", "search.children", "data.root")
 """Keys that may differ when a run goes on: its numbers stay comparable. What data.root leads to must be the same."""
 
 
-HELD_S = 15.0
+HELD_S = 60.0
 """How often a coordinator of a chain looks whether the one before, which Slurm has given up, has really ended."""
 
 

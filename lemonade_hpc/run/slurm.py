@@ -31,6 +31,7 @@ COORDINATOR = "coordinator"
 """Stands in a job's name where a worker's has its launch."""
 COMMANDS = ("sbatch", "squeue", "scancel", "srun")
 QUERY_TIMEOUT_S = 20.0
+JUDGED_FOR_S = 60.0
 SILENT_QUERIES = 2
 """A worker that has said nothing for as long as this many queries are apart is looked up."""
 CONFIRMATIONS = 2
@@ -323,6 +324,21 @@ def judge(who: dict[str, Any]) -> owner.Verdict:
         ended = job_has_ended(who["slurm_job"])
         verdict = "unknown" if ended is None else "gone" if ended else "alive"
     return verdict
+
+
+class PatientJudge:
+    """`judge` for somebody who asks again and again: Slurm is asked once a minute."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, tuple[float, owner.Verdict]] = {}
+
+    def __call__(self, who: dict[str, Any]) -> owner.Verdict:
+        """Whether a coordinator lives, as far as has been known for less than a minute."""
+        asked_at, verdict = self._said.get(repr(who), (-math.inf, "unknown"))
+        if time.monotonic() - asked_at >= JUDGED_FOR_S:
+            verdict = judge(who)
+            self._said[repr(who)] = (time.monotonic(), verdict)
+        return verdict
 
 
 def job_has_ended(job: str) -> bool | None:

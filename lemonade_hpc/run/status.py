@@ -6,6 +6,7 @@ Decides: the content of `front --json` and `status --json`. Reads only; needs no
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lemonade_hpc.search import evolution, morphisms
 from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search.evolution import Problem
 
+Judge = Callable[[dict[str, Any]], owner.Verdict]
 NUM_FAILURES = 10
 LOOK_S = 0.5
 """Time between looks at what may be late."""
@@ -80,15 +82,15 @@ def front(history: History) -> list[dict[str, Any]]:
     return sorted(members, key=lambda member: (member["objectives"][fixed.cheap[0]], member["id"]))
 
 
-def status(run: Path) -> dict[str, Any]:
-    """Everything `status` shows."""
+def status(run: Path, judge: Judge = slurm.judge) -> dict[str, Any]:
+    """Everything `status` shows; `judge` tells whether a coordinator lives."""
     content, fixed, loaded = read(run)
     history = loaded.history
     state = history.state
     workers = [_worker(run, name) for name in sorted(history.workers)]
     return {
         "run": content["run"],
-        "state": _life(run, history),
+        "state": _life(run, history, judge),
         "warnings": list(loaded.warnings),
         "data": {
             "name": content["config"]["data"]["name"],
@@ -140,7 +142,7 @@ def hypervolumes(history: History) -> dict[str, float | None]:
     }
 
 
-def _life(run: Path, history: History) -> str:
+def _life(run: Path, history: History, judge: Judge) -> str:
     """`complete`, `failed: why`, `running: by whom`, or `stopped`."""
     numbers, state = files.epochs(run), history.state
     if state.complete and history.complete is not None:
@@ -150,7 +152,7 @@ def _life(run: Path, history: History) -> str:
     if not numbers:
         return "not started"
     who = lease.read_owner(run, numbers[-1])["owner"]
-    verdict = slurm.judge(who)
+    verdict = judge(who)
     if verdict == "alive":
         return f"running: {owner.describe(who)}"
     return "stopped" if verdict == "gone" else f"unknown: last held by {owner.describe(who)}"

@@ -301,6 +301,17 @@ def test_what_is_known_of_the_process_needs_no_slurm(commands: Commands, monkeyp
     assert commands.calls("squeue") == []
 
 
+def test_who_asks_again_and_again_asks_slurm_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [0.0], iter(["alive", "gone"])
+    monkeypatch.setattr(slurm, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+    monkeypatch.setattr(slurm, "judge", lambda who: next(said))
+    patient = slurm.PatientJudge()
+    for now[0] in (0.0, 2.0, 59.0):
+        assert patient({"pid": 1}) == "alive"
+    now[0] = 61.0
+    assert patient({"pid": 1}) == "gone"
+
+
 # ---------------------------------------------------------------- stop
 
 
