@@ -167,7 +167,7 @@ def test_a_run_is_cancelled_as_a_whole_and_goes_on(slurm: Slurm, home: Path, exp
     assert search.returncode == 3
     wait_for("no job is left", lambda: not running(slurm), 30)
     assert lemonade(slurm, home, "cancel", "run") == (0, "nothing was running\n", "")
-    assert len(finished(slurm, home, expected)) == 2
+    assert len(finished(slurm, home, expected)) > 1
 
 
 def test_a_worker_that_is_cancelled_gives_its_children_back(slurm: Slurm, home: Path, expected: list[Any]) -> None:
