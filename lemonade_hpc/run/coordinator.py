@@ -120,16 +120,16 @@ class Coordinator:
             self._unwritten = []
 
     def _check_lease(self) -> None:
-        """Raise Superseded. One that was paused has perhaps been followed and does not see it yet: it waits."""
+        if self._superseded():
+            raise Superseded(f"{self.run} has another coordinator now, or is gone; this one has changed nothing since")
+
+    def _superseded(self) -> bool:
+        """Whether there is a later epoch. One that was paused may have been followed and not see it yet: it waits."""
         bound_s = files.Patience(self._stale_s).bound_s
         if bound_s and time.monotonic() - self._checked_at > bound_s:
             self._beat()  # seen by one that waits to follow (`lease.settle`), or that one's epoch is seen here at last
             time.sleep(2 * bound_s + lease.QUIET_S)
         self._checked_at = time.monotonic()
-        if self._superseded():
-            raise Superseded(f"{self.run} has another coordinator now, or is gone; this one has changed nothing since")
-
-    def _superseded(self) -> bool:
         return max(files.epochs(self.run), default=0) != self._journal.epoch
 
     def _beat(self) -> None:

@@ -247,7 +247,7 @@ class Worker:
         self._pulse, self._idle_since = -1, time.monotonic()
         self._owner = owned["owner"]
         cluster = owned["config"]["cluster"]
-        self._stale_s = cluster["stale_s"]
+        self._stale_s = cluster.get("stale_s")
         self._late, self._assigned = files.Patience(self._stale_s), LogReader(path, self._stale_s)
         self._idle_exit_s, self._timeout_s = cluster["idle_exit_min"] * 60, cluster["child_timeout_min"] * 60
         self.poll_s = cluster["poll_s"]
