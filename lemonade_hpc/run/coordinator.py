@@ -244,7 +244,8 @@ class Coordinator:
         """Take back the children of workers that have left or died."""
         for handle in list(self._handles.values()):
             alive = self._backend.alive(handle.name)
-            if handle.said_bye is None and (alive or handle.last_words.waits(alive)):
+            late = handle.last_words.waits(alive)
+            if handle.said_bye is None and (alive or late):
                 continue
             self._hear(handle, last_words=handle.said_bye is not None)
             if handle.name in self._handles:

@@ -36,7 +36,8 @@ BEAT_S = 5.0
 UNFIT = "unfit"
 """Why a worker leaves that cannot start trainers."""
 ORPHAN_S = 60.0
-"""A coordinator whose heartbeat stands still for this long, and for as long as it may be seen late, is gone."""
+"""A coordinator whose heartbeat stands still for this long is gone. Where files are seen late, four times `stale_s` is
+added: the heartbeat is late, a successor looks on for twice as long before it begins, and is then seen late itself."""
 ORPHAN_WAIT_S = 5.0
 """How long a worker that has finished its work waits for a successor of a coordinator that is gone."""
 SPARE_S = 60.0
@@ -264,7 +265,7 @@ class Worker:
         pulse = os.stat(self.run / files.heartbeat(self._epoch)).st_size
         if pulse != self._pulse:
             self._pulse, self._pulse_at = pulse, now
-        return now - self._pulse_at > ORPHAN_S + (self._stale_s or 0)
+        return now - self._pulse_at > ORPHAN_S + 4 * (self._stale_s or 0)
 
     def _obey(self, message: Message) -> bool:
         """Carry out one message; False for `stop`."""

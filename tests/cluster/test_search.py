@@ -27,7 +27,8 @@ objectives: [{{name: val_error}}, {{name: params, min: 100, max: 30000}}]
 search: {{mode: generational, children: 24, proposals: 20, accepted: 8}}
 training: {{initial_epochs: 3, epochs: 1}}
 cluster:
-  {{backend: {backend}, workers: 4, device: cpu, mem_gb: 1, time_min: 10, status_s: 1, submit_s: 1, poll_s: 0.1{more}}}
+  {{backend: {backend}, workers: 4, device: cpu, mem_gb: 1, time_min: 10, status_s: 1, submit_s: 1, poll_s: 0.1,
+  stale_s: 0{more}}}
 """
 KILL_BEFORE_THE_TASKS_ARE_NAMED = """
 import os, signal, sys
