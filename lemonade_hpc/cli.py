@@ -89,6 +89,29 @@ def search(
     _show_result(folder)
 
 
+@app.command()
+def submit(
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file with cluster.backend: slurm")],
+    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="run folder; default: CONFIG's name")] = None,
+    only_print: Annotated[bool, typer.Option("--print", help="show the batch scripts only")] = False,
+) -> None:
+    """Submit the search as a job of its own, which is followed by others until it is complete."""
+    settings, folder = config.load(source), run if run is not None else Path(Path(source).stem)
+
+    from lemonade_hpc.run import session
+
+    if only_print:
+        coordinator, worker = session.submission(settings, folder)
+        typer.echo(f"# ---- the coordinator\n{coordinator}\n# ---- a worker\n{worker}")
+        return
+    job = session.submit(settings, folder)
+    words = shlex.quote(str(folder))
+    typer.echo(
+        f"submitted job {job}; its log: {folder / files.SLURM / f'coordinator-{job}.log'}\n"
+        f"how it goes: lemonade-hpc status {words}\nto end it: lemonade-hpc stop {words}, or cancel"
+    )
+
+
 def _show_result(run: Path) -> None:
     """Print the front and what was gained, and draw the picture; a picture that fails is no failure of the run."""
     from lemonade_hpc.run import status
@@ -137,9 +160,10 @@ def show_status(
     """Show what runs, what is done, failures with reasons, the front."""
     _exclusive(watch=watch, json=as_json)
 
-    from lemonade_hpc.run import record, status
+    from lemonade_hpc.run import record, slurm, status
     from lemonade_hpc.view import tables
 
+    judge = slurm.PatientJudge()
     num_validation = record.read_identity(run)["data"]["num_validation"]
     if as_json:
         typer.echo(json.dumps(status.status(run), indent=1))
@@ -147,13 +171,21 @@ def show_status(
     out = tables.console()
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            data = status.status(run)
+            data = status.status(run, judge)
             if watch:
                 out.clear()
             out.print(tables.status_view(data, num_validation))
             if not watch or data["state"] == "complete":
                 return
             time.sleep(WATCH_S)
+
+
+@app.command()
+def stop(run: RunFolder) -> None:
+    """Have a run end what is in training and stop; the same search or submit command goes on."""
+    from lemonade_hpc.run.cancel import stop as order
+
+    typer.echo(order(run))
 
 
 @app.command()

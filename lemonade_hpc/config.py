@@ -156,11 +156,21 @@ class Cluster(_Section):
     cpus_per_worker: Positive = Field(1, description="threads of a worker; small networks do best with 1")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     idle_exit_min: Annotated[Real, Field(gt=0)] = Field(10.0, description="a worker without work leaves after this")
-    child_timeout_min: Annotated[Real, Field(gt=0)] = Field(240.0, description="a child that takes longer fails")
+    child_timeout_min: Annotated[Real, Field(gt=0)] = Field(
+        240.0, description="a child that keeps a worker longer fails"
+    )
     retries: Count = Field(2, description="further attempts at a child whose trainer process died")
+    max_workers: Positive | None = Field(None, description="workers started in the whole run, at most")
+    max_gpu_hours: Annotated[Real, Field(gt=0)] | None = Field(
+        None, description="when these are spent, children in training are ended and the search stops"
+    )
+    checkpoint_min: Annotated[Real, Field(ge=0)] = Field(
+        10.0, description="minutes between checkpoints of a child in training; 0: only when a worker must leave"
+    )
+    checkpoint_epochs: Positive | None = Field(None, description="a checkpoint also after every so many epochs")
     # The rest is Slurm's.
     time_min: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = Field(
-        240, description="slurm: time limit of a worker; it begins no child that might not end a minute before"
+        240, description="slurm: time limit of a worker; a child that would not end in time goes on in another"
     )
     gpus_per_worker: Count = Field(1, description="slurm: asked for as gres gpu:N")
     mem_gb: Annotated[Real, Field(gt=0)] = Field(16.0, description="slurm: memory of a worker")
@@ -170,7 +180,17 @@ class Cluster(_Section):
     constraint: str | None = None
     exclude: str | None = None
     wckey: str | None = None
+    reservation: str | None = None
     gres: str | None = Field(None, description="slurm: instead of gpu:N, such as gpu:a100:1")
+    coordinator_time_min: Annotated[int, BeforeValidator(_whole), Field(ge=5)] = Field(
+        1440, description="slurm: time limit of one job of a coordinator that is submitted"
+    )
+    coordinator_mem_gb: Annotated[Real, Field(gt=0)] = Field(4.0, description="slurm: its memory")
+    coordinator_partition: str | None = Field(None, description="slurm: its partition; it needs no GPU")
+    coordinator_extra: dict[str, str | int | bool] = Field({}, description="slurm: further options of its sbatch")
+    skip: Annotated[tuple[Literal["cpus-per-task", "mem", "gres", "no-requeue"], ...], Field(strict=False)] = Field(
+        (), description="slurm: options that the site does not take, of cpus-per-task, mem, gres, no-requeue"
+    )
     setup: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="slurm: shell lines before a worker starts"
     )
@@ -300,6 +320,11 @@ def from_dict(given: dict[str, Any], source: str) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """Give the JSON form, complete: what `run.json` stores and `from_dict` reads back."""
     return config.model_dump(mode="json")
+
+
+def dump(config: Config) -> bytes:
+    """Write it as a YAML file, which `load` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode()
 
 
 _ALLOWED = {

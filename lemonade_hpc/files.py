@@ -21,8 +21,11 @@ RUN = Path("run.json")
 EPOCHS = Path("epochs")
 WORKERS = Path("workers")
 STATE = Path("state")
+SLURM = Path("slurm")
 CHILDREN = Path("children")
 TEMPORARY = ".tmp-"
+WEIGHTS = "weights.safetensors"
+"""A child's trained weights, in the folder of the attempt that counts."""
 
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 """Errors of the file system, not of the program: the run pauses and can go on once they are gone."""
@@ -76,6 +79,11 @@ def owner(epoch: int) -> Path:
 def heartbeat(epoch: int) -> Path:
     """Grows by a byte with every beat of the epoch's coordinator."""
     return epoch_folder(epoch) / "heartbeat"
+
+
+def stop_order(epoch: int) -> Path:
+    """Empty; whoever wants the epoch's coordinator to stop, in good order, adds a byte."""
+    return epoch_folder(epoch) / "stop"
 
 
 def epochs(run: Path) -> list[int]:

@@ -1,8 +1,10 @@
 """The trainer: a process that holds torch and the data and trains one child after another.
 
-Decides: what happens to a child, in which order: morph, receipt, distil, train, evaluate, save. It reads tasks from
-standard input, one JSON document a line, and writes outcomes to standard output; whatever a library prints goes to
-standard error. It leaves when its standard input closes, so that it never outlives its supervisor (`run/worker.py`).
+Decides: what happens to a child, in which order: morph, receipt, distil, train, evaluate, save; and where one that an
+earlier attempt has begun goes on (`checkpoints.py`). It reads tasks from standard input, one JSON document a line, and
+writes outcomes to standard output; whatever a library prints goes to standard error. `{"do": "save"}` among the tasks
+asks for a checkpoint at once. It leaves when its standard input closes, so that it never outlives its supervisor
+(`run/worker.py`).
 Paper, section 3 (operators, distillation) and Algorithm 1.
 """
 
@@ -15,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,16 +26,16 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
-from lemonade_hpc.config import Config, ConfigError, from_dict
-from lemonade_hpc.learn import members, transfer
+from lemonade_hpc.config import ConfigError
+from lemonade_hpc.learn import checkpoints, members, transfer
+from lemonade_hpc.learn.checkpoints import DISTIL, TRAIN, Checkpoint, Keeper, Policy, Work
+from lemonade_hpc.learn.lab import Lab, device_name, open_lab
 from lemonade_hpc.learn.network import Network, Weights, build
-from lemonade_hpc.learn.training import Diverged, Images, distillation, error, fit, place
+from lemonade_hpc.learn.training import Diverged, Moment, batches_of, distillation, error, fit
 from lemonade_hpc.learn.transfer import Morphed
 from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search import morphisms
-from lemonade_hpc.search.ops import Signature
 
 PURPOSE_WEIGHTS, PURPOSE_DISTIL, PURPOSE_TRAIN, PURPOSE_MEASURE = 11, 12, 13, 14
 
@@ -58,73 +60,38 @@ class OutOfTolerance(RuntimeError):  # noqa: N818
     """An exact edit changed the function: the child is refused."""
 
 
-@dataclass(frozen=True)
-class Lab:
-    """What stays in the trainer from child to child: configuration, data on the device, the run folder.
-
-    `layout` is the feature maps' order in memory: channels last is 1.15-1.3 times faster on a CPU.
-    """
-
-    run: Path
-    config: Config
-    signature: Signature
-    device: torch.device
-    layout: torch.memory_format
-    train: Images
-    validation: Images
-
-
-def open_lab(run: Path, owner: Path) -> Lab:
-    """Load the data and place it on the device; the configuration is that of the epoch whose `owner.json` is given.
-
-    Raises ConfigError for data unlike the run's.
-    """
-    identity = json.loads((run / files.RUN).read_text())
-    config = from_dict(json.loads(owner.read_text())["config"], str(owner))
-    data = data_sets.load(config.data)
-    if data.checksum != identity["data"]["checksum"]:
-        source = config.data.root or config.data.name
-        raise ConfigError(f"{source}: not the data that this run was started with (checksum differs)")
-    device = _device(config.cluster.device)
-    deterministic = bool(config.training.deterministic)
-    torch.set_num_threads(1 if deterministic else config.cluster.cpus_per_worker)
-    _forbid_chance(deterministic)
-    layout = torch.contiguous_format if deterministic else torch.channels_last
-    parts = (place(data, part, device) for part in (data.train, data.validation))
-    return Lab(run, config, Signature(data.shape, data.num_classes), device, layout, *parts)
-
-
-def _forbid_chance(forbid: bool) -> None:
-    """Have torch refuse, or not, operations that may differ from run to run."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused
-    # Not use_deterministic_algorithms: it imports torch._inductor, 1.2 s in every fresh process.
-    torch.set_deterministic_debug_mode("error" if forbid else "default")
-    # Every operator here writes all that it returns.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("cluster.device: cuda, but this machine has no usable GPU; allowed: auto, cpu, cuda")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def seeded(*stream: int) -> torch.Generator:
     """Make a torch generator on the CPU for one decision."""
     seed = int(np.random.default_rng(stream).integers(2**62))
     return torch.Generator().manual_seed(seed)
 
 
-def train_child(lab: Lab, task: dict[str, Any], progress: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Train one child, save its weights and return the outcome as JSON.
+@dataclass(frozen=True)
+class Line:
+    """What a child in training tells its supervisor, and hears: epochs that end, checkpoints taken; one is wanted."""
+
+    epoch: Callable[[int], None] = lambda epoch: None
+    saved: Callable[[dict[str, float]], None] = lambda progress: None
+    wanted: threading.Event = field(default_factory=threading.Event)
+
+
+def train_child(lab: Lab, task: dict[str, Any], line: Line | None = None) -> dict[str, Any]:
+    """Train one child, from the start or from a checkpoint, save its weights and return the outcome as JSON.
 
     A child's own fault, or its parent's, is an outcome (`failure`), not an exception. So is an error of the file system
-    (`storage`).
+    (`storage`). `wall_s` counts what earlier attempts did up to the checkpoint; `resumed` is the share of the work that
+    was done there.
     """
     started = time.perf_counter()
     outcome: dict[str, Any] = {key: task[key] for key in ("child", "attempt", "digest")}
+    before_s = 0.0
     try:
-        network, receipt = _train(lab, task, progress)
+        key = _key(lab, task)
+        found = checkpoints.find(lab.run / files.child_folder(task["child"]), key)
+        if found is not None:
+            outcome["resumed"] = found.work.done(found.phase, found.moment)
+            before_s = found.wall_s
+        network, receipt = _train(lab, task, key, found, line or Line())
         val_error = error(network, lab.validation)
         outcome |= {"objectives": {"val_error": val_error}, "receipt": receipt, "weights": _store(lab, task, network)}
     except OSError as trouble:
@@ -133,47 +100,97 @@ def train_child(lab: Lab, task: dict[str, Any], progress: Callable[[int], None] 
         return {"storage": f"child {task['child']}: {files.in_words(trouble)}"}
     except (Diverged, OutOfTolerance, ParentDamaged) as fault:
         outcome |= {"failure": {"kind": type(fault).__name__, "reason": str(fault)}}
-    seconds = time.perf_counter() - started
-    return outcome | {"wall_s": round(seconds, 3), "device": _device_name(lab.device)}
+    seconds = before_s + time.perf_counter() - started
+    return outcome | {"wall_s": round(seconds, 3), "device": device_name(lab.device)}
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def _key(lab: Lab, task: dict[str, Any]) -> str:
+    """All that a child's numbers depend on, as one checksum: a checkpoint of anything else is not of this child."""
+    asked = {key: task[key] for key in ("child", "digest", "graph", "edits", "epochs", "parent")}
+    settings = [lab.config.seed, lab.config.training.model_dump(mode="json")]
+    ways = [lab.config.search.inheritance, lab.config.search.prune_by]
+    return files.sha256(files.dumps([checkpoints.FORMAT, asked, settings, ways]).encode())
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A child between two batches: its work, its network, and while it is distilled its parent's."""
+
+    work: Work
+    network: Network
+    teacher: Network | None
+    phase: int
+    moment: Moment
 
 
 def _train(
-    lab: Lab, task: dict[str, Any], progress: Callable[[int], None] | None
+    lab: Lab, task: dict[str, Any], key: str, found: Checkpoint | None, line: Line
 ) -> tuple[Network, dict[str, Any] | None]:
-    number, training, seed = task["child"], lab.config.training, lab.config.seed
-    generator = seeded(seed, PURPOSE_WEIGHTS, number)
-    initial = task["parent"] is None
-    if initial or not lab.config.search.inheritance:
+    number, training = task["child"], lab.config.training
+    begun = _begin(lab, task, key) if found is None else _go_on(lab, task, found)
+    network, work, moment = begun.network, begun.work, begun.moment
+    keeper = Keeper(
+        lab.run / files.attempt_folder(number, task["attempt"]), _policy(lab), work,
+        report=line.saved, wanted=line.wanted, before_s=found.wall_s if found else 0.0,
+    )  # fmt: skip
+    if begun.phase == DISTIL:
+        assert begun.teacher is not None
+        watch = keeper.watch(DISTIL, network, work.affected)
+        _distil(lab, number, begun.teacher, network, work, moment, watch)
+        moment = Moment()
+    lr = training.initial_lr if task["parent"] is None else training.lr
+    assert lr is not None
+    stream, watch = (lab.config.seed, PURPOSE_TRAIN, number), keeper.watch(TRAIN, network, None)
+    epochs = work.epochs[TRAIN]
+    fit(
+        network, lab.train, training, epochs=epochs, lr=lr, stream=stream, begin=moment, progress=line.epoch,
+        watch=watch,
+    )  # fmt: skip
+    return network, work.receipt
+
+
+def _policy(lab: Lab) -> Policy:
+    cluster = lab.config.cluster
+    return Policy(cluster.checkpoint_min * 60, cluster.checkpoint_epochs or 0)
+
+
+def _begin(lab: Lab, task: dict[str, Any], key: str) -> Begun:
+    """Make a child that nobody has trained yet."""
+    generator = seeded(lab.config.seed, PURPOSE_WEIGHTS, task["child"])
+    teacher, receipt, affected = None, None, frozenset[int]()
+    if task["parent"] is None or not lab.config.search.inheritance:
         graph = graphs.from_json(task["graph"])
         network = _network(lab, graph, transfer.initial_weights(graph, lab.signature, generator))
-        receipt = None
     else:
-        network, receipt = _inherit(lab, task, generator)
-    lr = training.initial_lr if initial else training.lr
-    assert lr is not None
+        teacher, network, morphed = _inherit(lab, task, generator)
+        receipt = _receipt(lab, teacher, network, morphed)
+        affected = morphed.affected
     first, last = task["epochs"]
-    stream = (seed, PURPOSE_TRAIN, number)
-    fit(network, lab.train, training, epochs=last - first, lr=lr, stream=stream, progress=progress)
-    return network, receipt
+    distil = (lab.config.training.distill_epochs or 0) if affected else 0
+    num_batches = batches_of(lab.train, lab.config.training)
+    work = Work(key, affected, (distil, last - first), num_batches, receipt)
+    return Begun(work, network, teacher, DISTIL if distil else TRAIN, Moment())
 
 
-def _inherit(lab: Lab, task: dict[str, Any], generator: torch.Generator) -> tuple[Network, dict[str, Any]]:
-    """Make the child of a trained parent: morphed, checked and, after an approximate operator, distilled."""
+def _go_on(lab: Lab, task: dict[str, Any], found: Checkpoint) -> Begun:
+    """Make a child as a checkpoint has it. Its parent may be gone by now, and is read only where it still teaches."""
+    network = _network(lab, graphs.from_json(task["graph"]), found.weights)
+    teacher = None
+    if found.phase == DISTIL:
+        parent = task["parent"]
+        teacher = _network(lab, graphs.from_json(parent["graph"]), _read(lab, parent["weights"]))
+    only = found.work.affected if found.phase == DISTIL else None
+    return Begun(found.work, network, teacher, found.phase, found.resumed(network, only))
+
+
+def _inherit(lab: Lab, task: dict[str, Any], generator: torch.Generator) -> tuple[Network, Network, Morphed]:
+    """Read a child's parent and morph it: the parent's network, the child's, and what the morphism did."""
     graph = graphs.from_json(task["parent"]["graph"])
     weights = _read(lab, task["parent"]["weights"])
     morphed = _morph(lab, task, graph, weights, generator)
     if morphed.graph != graphs.from_json(task["graph"]):  # ids included: weights are called by them
         raise RuntimeError(f"child {task['child']}: the edits do not lead to the graph that was asked for")
-    teacher = _network(lab, graph, weights)
-    network = _network(lab, morphed.graph, morphed.weights)
-    receipt = _receipt(lab, teacher, network, morphed)
-    if morphed.affected and lab.config.training.distill_epochs:
-        _distil(lab, task["child"], teacher, network, morphed)
-    return network, receipt
+    return _network(lab, graph, weights), _network(lab, morphed.graph, morphed.weights), morphed
 
 
 def _network(lab: Lab, graph: graphs.Graph, weights: Weights) -> Network:
@@ -241,29 +258,34 @@ def _receipt(lab: Lab, parent: Network, child: Network, morphed: Morphed) -> dic
     }
 
 
-def _distil(lab: Lab, number: int, teacher: Network, network: Network, morphed: Morphed) -> None:
+def _distil(
+    lab: Lab, number: int, teacher: Network, network: Network, work: Work, begin: Moment,
+    watch: Callable[[Moment], None],
+) -> None:  # fmt: skip
     """Teach the disturbed layers, all others frozen, to answer as the parent does (paper, section 3).
 
     The rate is `lr / distill_temperature`: softened answers have gradients that many times those of cross entropy.
     """
     training = lab.config.training
-    assert training.distill_epochs is not None and training.lr is not None
+    assert training.lr is not None
     fit(
         network,
         lab.train,
         training,
-        epochs=training.distill_epochs,
+        epochs=work.epochs[DISTIL],
         lr=training.lr / training.distill_temperature,
         stream=(lab.config.seed, PURPOSE_DISTIL, number),
         loss_of=distillation(teacher, training.distill_temperature),
-        only=morphed.affected,
+        only=work.affected,
+        begin=begin,
+        watch=watch,
     )
 
 
 def _store(lab: Lab, task: dict[str, Any], network: Network) -> dict[str, Any]:
     """Save the weights durably; their path in the run folder, checksum and size in bytes."""
     content = members.encode(network, graphs.from_json(task["graph"]), lab.signature, lab.train)
-    path = files.attempt_folder(task["child"], task["attempt"]) / "weights.safetensors"
+    path = files.attempt_folder(task["child"], task["attempt"]) / files.WEIGHTS
     files.make_folder((lab.run / path).parent)
     files.write(lab.run / path, content)
     return {"path": str(path), "sha256": files.sha256(content), "bytes": len(content)}
@@ -274,33 +296,51 @@ def main(run: str, owner: str) -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
+    wanted = threading.Event()
+    threading.Thread(target=_listen, args=(inbox, wanted), daemon=True).start()
     try:
         lab = open_lab(Path(run), Path(owner))
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    print(json.dumps({"ready": _device_name(lab.device)}), file=out)
+    print(json.dumps({"ready": device_name(lab.device)}), file=out)
     while True:
         task = json.loads(inbox.get())
-        report = _reporter(out, task)
-        print(json.dumps(train_child(lab, task, report)), file=out)
+        print(json.dumps(train_child(lab, task, _line(out, task, wanted))), file=out)
 
 
-def _reporter(out: TextIO, task: dict[str, Any]) -> Callable[[int], None]:
-    return lambda epoch: print(json.dumps({"child": task["child"], "epoch": epoch}), file=out)
+def _line(out: TextIO, task: dict[str, Any], wanted: threading.Event) -> Line:
+    def tell(**what: Any) -> None:
+        print(json.dumps({"child": task["child"], **what}), file=out)
+
+    return Line(
+        epoch=lambda epoch: tell(epoch=epoch),
+        saved=lambda progress: tell(attempt=task["attempt"], saved=progress),
+        wanted=wanted,
+    )
 
 
-def _listen(inbox: queue.SimpleQueue[bytes]) -> None:
-    """Pass lines on; when the supervisor is gone, leave at once, also in the middle of a child.
+def _listen(inbox: queue.SimpleQueue[bytes], wanted: threading.Event) -> None:
+    """Pass tasks on, and the wish for a checkpoint; when the supervisor is gone, leave at once, also in mid-child.
 
+    A wish that comes after a child's last batch is granted in the next child: one checkpoint too many does no harm.
     Reads the descriptor itself: a thread that waits in sys.stdin holds its lock, and Python aborts where it ends so.
     """
     rest = b""
     while part := os.read(0, 65536):
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
-            inbox.put(line)
+            if _asks_to_save(line):
+                wanted.set()
+            else:
+                inbox.put(line)
     os._exit(0)
+
+
+def _asks_to_save(line: bytes) -> bool:
+    try:
+        return bool(json.loads(line).get("do") == "save")
+    except (ValueError, AttributeError):  # who takes it for a task says what is wrong; this thread must live
+        return False
 
 
 if __name__ == "__main__":

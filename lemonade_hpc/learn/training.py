@@ -9,7 +9,7 @@ epoch])`, so an epoch can be repeated alone. Shape suffixes: B batch, C channels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 
@@ -137,6 +137,32 @@ def distillation(teacher: Network, temperature: float) -> Loss:
     return loss
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Between two batches: all that the rest of a training depends on, beside the network's weights.
+
+    `batch`: how many of the epoch's batches are done. `momenta`: one for each trained parameter, in order; none before
+    the first step. `total`: the sum of the epoch's losses, on the device. `rng`: the epoch's generator after those
+    batches; None where the epoch has not begun.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    momenta: Sequence[Tensor | None] = ()
+    total: Tensor | None = None
+    rng: np.random.Generator | None = None
+
+
+def batches_of(data: Images, training: Training) -> int:
+    """How many batches an epoch has."""
+    return -(-len(data.labels) // training.batch_size)
+
+
+def trained(network: Network, only: Collection[int] | None = None) -> dict[str, Tensor]:
+    """The parameters that are trained, by name and in order; `only`: of these nodes."""
+    return {name: p for name, p in network.named_parameters() if only is None or int(name.split(".")[0]) in only}
+
+
 def fit(
     network: Network,
     data: Images,
@@ -147,37 +173,44 @@ def fit(
     stream: tuple[int, ...],
     loss_of: Loss = cross_entropy,
     only: Collection[int] | None = None,
+    begin: Moment = Moment(),  # noqa: B008 - frozen
     progress: Callable[[int], None] | None = None,
+    watch: Callable[[Moment], None] | None = None,
 ) -> None:
     """Train in place for `epochs`, SGD with a cosine rate from `lr` to 0.
 
     `stream` seeds an epoch's draws together with its number; `only`: the nodes that are trained, all others frozen.
+    `begin`: where an earlier call was that gave the network its weights; `watch` is called after every batch.
     Statistics of BatchNorms are no training and follow the data everywhere: frozen at those of a parent that an
     approximate operator has just disturbed, distillation diverges or ends at twice the error (measured on digits).
     Raises Diverged when the loss of an epoch is not finite.
     """
-    chosen: list[Tensor] = [
-        p for name, p in network.named_parameters() if only is None or int(name.split(".")[0]) in only
-    ]
-    momenta: list[Tensor | None] = [None] * len(chosen)
-    count = len(data.labels)
-    num_batches = -(-count // training.batch_size)
+    chosen = list(trained(network, only).values())
+    momenta: list[Tensor | None] = list(begin.momenta) or [None] * len(chosen)
+    num_batches = batches_of(data, training)
     network.train()
-    for epoch in range(epochs):
+    for epoch in range(begin.epoch, epochs):
         rng = np.random.default_rng([*stream, epoch])
-        total = torch.zeros((), device=data.images.device)
-        for k, index in enumerate(np.array_split(rng.permutation(count), num_batches)):
+        batches = np.array_split(rng.permutation(len(data.labels)), num_batches)
+        done, total = 0, torch.zeros((), device=data.images.device)
+        if begin.rng is not None and begin.total is not None and epoch == begin.epoch:
+            done, total, rng = begin.batch, begin.total.clone(), begin.rng
+        for k in range(done, num_batches):
             rate = lr * (1 + cos(pi * (epoch * num_batches + k) / (epochs * num_batches))) / 2
-            batch = augment(data, index, training, rng)
+            batch = augment(data, batches[k], training, rng)
             loss = loss_of(network(batch.x_BCHW), batch)
             gradients = torch.autograd.grad(loss, chosen)
             with torch.no_grad():
                 _step(chosen, list(gradients), momenta, training, rate)
                 total += loss.detach()
+            if watch is not None and k + 1 < num_batches:
+                watch(Moment(epoch, k + 1, momenta, total, rng))
         if not bool(torch.isfinite(total)):
             raise Diverged(f"the loss is {float(total) / num_batches} in epoch {epoch + 1} of {epochs}")
         if progress is not None:
             progress(epoch + 1)
+        if watch is not None:
+            watch(Moment(epoch + 1, 0, momenta))
     network.eval()
 
 

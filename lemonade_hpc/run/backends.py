@@ -9,18 +9,22 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster
-from lemonade_hpc.run import owner, worker
+from lemonade_hpc.run import owner, trainers, worker
 
 CLOSE_S = 1.5
 """How long workers that have said goodbye may take to be gone."""
 LAST_BYTES = 2000
 """How much of a dead worker's standard error is told."""
+DIED, CANCELLED = "died", "cancelled"
+"""How a worker ended: nobody can say more; a person cancelled it."""
+FATE = frozenset({CANCELLED, "preempted", "node failure", "time limit"})
+"""Ends that are no fault of a worker's, nor of its node's."""
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -33,12 +37,17 @@ class Backend(Protocol):
 
     lasting: bool
     """Whether workers go on when the coordinator stops."""
+    excludes: bool
+    """Whether there are other nodes where one is at fault."""
+
+    gpus: int
+    """How many GPUs a worker takes up."""
 
     def room(self) -> int:
         """How many workers may be started now: a cluster is not asked too often."""
 
-    def launch(self, names: Sequence[str]) -> None:
-        """Start workers, whose mailboxes exist. Raises Refused."""
+    def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+        """Start workers, whose mailboxes exist, on none of the nodes to `avoid`. Raises Refused."""
 
     def adopt(self, name: str, launch: str, place: int) -> None:
         """Take over a worker of an earlier coordinator, which was launched in this place after the worker `launch`."""
@@ -48,6 +57,9 @@ class Backend(Protocol):
 
     def alive(self, name: str) -> bool:
         """Whether a worker may still report."""
+
+    def ended(self, name: str) -> str | None:
+        """How a worker ended that is gone, in a word or two; None where that may be known later."""
 
     def kill(self, name: str) -> None:
         """End a worker at once."""
@@ -65,7 +77,8 @@ class Backend(Protocol):
 class InlineBackend:
     """Workers are objects of this process and take turns: for tests and debugging."""
 
-    lasting = False
+    lasting = excludes = False
+    gpus = 0
 
     def __init__(self, run: Path, cluster: Cluster) -> None:
         self._run, self._cluster = run, cluster
@@ -74,9 +87,9 @@ class InlineBackend:
     def room(self) -> int:  # noqa: D102
         return self._cluster.workers
 
-    def launch(self, names: Sequence[str]) -> None:  # noqa: D102
+    def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:  # noqa: D102
         for name in names:
-            self._workers[name] = worker.Worker(self._run, name, lambda epoch: worker.InlineTrainer(self._run, epoch))
+            self._workers[name] = worker.Worker(self._run, name, lambda epoch: trainers.InlineTrainer(self._run, epoch))
 
     def adopt(self, name: str, launch: str, place: int) -> None:  # noqa: D102
         pass
@@ -86,6 +99,9 @@ class InlineBackend:
 
     def alive(self, name: str) -> bool:  # noqa: D102
         return name in self._workers
+
+    def ended(self, name: str) -> str | None:  # noqa: D102
+        return DIED
 
     def kill(self, name: str) -> None:  # noqa: D102
         self._workers.pop(name, None)
@@ -105,18 +121,19 @@ class InlineBackend:
 class LocalBackend:
     """Processes of this machine, started by submitit's local executor."""
 
-    lasting = False
+    lasting = excludes = False
 
     def __init__(self, run: Path, cluster: Cluster) -> None:
         self._run, self._cluster = run, cluster
         self._jobs: dict[str, Any] = {}
         self._known: dict[str, dict[str, Any]] = {}
         self._gpus: dict[str, str | None] = {}
+        self.gpus = int(cluster.device != "cpu" and bool(visible_gpus()))
 
     def room(self) -> int:  # noqa: D102
         return self._cluster.workers
 
-    def launch(self, names: Sequence[str]) -> None:  # noqa: D102
+    def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:  # noqa: D102
         for name in names:
             self._launch(name)
 
@@ -164,6 +181,9 @@ class LocalBackend:
         if name in self._jobs:
             return bool(self._jobs[name].get_info()["jobState"] == "RUNNING")
         return name in self._known and owner.judge(self._known[name]) == "alive"
+
+    def ended(self, name: str) -> str | None:  # noqa: D102
+        return DIED
 
     def kill(self, name: str) -> None:
         """SIGKILL the supervisor; its trainer leaves when its standard input closes.

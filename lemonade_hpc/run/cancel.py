@@ -1,7 +1,7 @@
-"""End a run from outside: its coordinator, and the jobs of its workers.
+"""End a run from outside: at once, or once the children in training are done.
 
-Decides: in which order, so that nobody starts a worker again. Loses nothing but the children in training: the same
-search command goes on.
+Decides: in which order, so that nobody starts a worker again: those who would go on first, then the coordinator, then
+the workers. Nothing finished is lost; the same command goes on.
 """
 
 from __future__ import annotations
@@ -11,14 +11,30 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import ConfigError
-from lemonade_hpc.run import lease, owner, record
+from lemonade_hpc.run import chain, lease, owner, record, slurm
 
 LEAVE_S = 60.0
 """How long a coordinator may take to leave in good order."""
 POLL_S = 0.1
+POLL_JOB_S = 2.0
+
+
+def stop(run: Path) -> str:
+    """Have the coordinator end what is in training and leave; what follows, in words. Raises ConfigError."""
+    run_id = record.read_identity(run)["run"]
+    numbers = files.epochs(run)
+    owned = lease.read_owner(run, numbers[-1]) if numbers else None
+    if owned is not None and owned["config"]["cluster"]["backend"] == "slurm":
+        chain.end(run_id)
+    if owned is None or slurm.judge(owned["owner"]) == "gone":
+        return "no coordinator is at work; workers, if any, end what they have and leave"
+    with open(run / files.stop_order(numbers[-1]), "ab") as file:
+        file.write(b".")
+    return f"told {owner.describe(owned['owner'])}: it ends what is in training, then stops; `status` shows how it goes"
 
 
 def cancel(run: Path) -> list[str]:
@@ -31,41 +47,50 @@ def cancel(run: Path) -> list[str]:
     if not numbers:
         return []
     owned = lease.read_owner(run, numbers[-1])
-    done = _end_coordinator(run, owned["owner"])
-    if owned["config"]["cluster"]["backend"] == "slurm":
-        done += _cancel_jobs(run_id)
-    return done
-
-
-def _end_coordinator(run: Path, who: dict[str, object]) -> list[str]:
-    verdict = owner.judge(who)
+    who, on_slurm = owned["owner"], owned["config"]["cluster"]["backend"] == "slurm"
+    verdict = slurm.judge(who)
     if verdict == "unknown":
         raise ConfigError(
             f"{run}: its coordinator is {owner.describe(who)}, which cannot be reached from here; end it there first, "
             f"else it would start workers again"
         )
-    if verdict == "gone":
-        return []
-    pid = who["pid"]
-    assert isinstance(pid, int)
+    if on_slurm:
+        chain.end(run_id)
+    done = _end_coordinator(who) if verdict == "alive" else []
+    return done + _cancel_jobs(run_id) if on_slurm else done
+
+
+def _end_coordinator(who: dict[str, Any]) -> list[str]:
+    if owner.judge(who) == "unknown":
+        _end_job(who["slurm_job"])
+        return [f"coordinator ({owner.describe(who)})"]
     for which in (signal.SIGTERM, signal.SIGKILL):
         if owner.judge(who) != "alive":
             break  # its pid may be another process's by now
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, which)
+            os.kill(who["pid"], which)
         deadline = time.monotonic() + LEAVE_S
         while owner.judge(who) == "alive" and time.monotonic() < deadline:
             time.sleep(POLL_S)
     return [f"coordinator ({owner.describe(who)})"]
 
 
-def _cancel_jobs(run_id: str) -> list[str]:
-    from lemonade_hpc.run import slurm
+def _end_job(job: str) -> None:
+    """Cancel a coordinator's job and wait until it is over."""
+    if slurm.ask("scancel", job) is None:
+        raise ConfigError(f"scancel failed for job {job}; try again later")
+    deadline = time.monotonic() + LEAVE_S
+    while not slurm.job_has_ended(job):
+        if time.monotonic() > deadline:
+            raise ConfigError(f"job {job} does not end; try again later")
+        time.sleep(POLL_JOB_S)
 
-    jobs = slurm.jobs_of(run_id)
-    if jobs is None:
+
+def _cancel_jobs(run_id: str) -> list[str]:
+    answer = slurm.jobs_of(run_id)
+    if answer is None or not answer.all:
         raise ConfigError("squeue does not answer: whether workers are left is not known; try again later")
-    living = sorted(job for job, state in jobs.values() if state not in slurm.ENDED)
+    living = sorted(job.id for job in answer.jobs.values() if job.state not in slurm.ENDED)
     if living and slurm.ask("scancel", *living) is None:
         raise ConfigError(f"scancel failed for the jobs {', '.join(living)}; try again later")
     return [f"job {job}" for job in living]

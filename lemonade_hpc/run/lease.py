@@ -21,7 +21,7 @@ from typing import Any
 
 from lemonade_hpc import __version__, files
 from lemonade_hpc.config import Config, ConfigError, to_dict
-from lemonade_hpc.run import journal, owner
+from lemonade_hpc.run import journal, owner, slurm
 from lemonade_hpc.run.journal import Journal, RecordError
 from lemonade_hpc.run.log import LogWriter
 from lemonade_hpc.run.record import Loaded
@@ -102,7 +102,8 @@ def _prepare(run: Path, aside: Path, number: int, config: Config, loaded: Loaded
     }
     who = {"owner": owner.identity(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": __version__}
     files.write_json(aside / "owner.json", who | {"config": to_dict(config)})
-    files.write(aside / "heartbeat", b"")
+    for name in (files.heartbeat(number), files.stop_order(number)):
+        files.write(aside / name.name, b"")
     for name in files.journals(number):
         with LogWriter(aside / name.name) as writer:
             writer.append([header])
@@ -121,8 +122,9 @@ def settle(run: Path, stale_s: float | None, note: Callable[[str], None], *, tak
     continues before them would make them void. Only looking on tells whether one on another machine lives: what is seen
     to change later than all that was done before is its work. Raises Held in that case.
     """
-    if not _elsewhere(run, take_over=take_over):
+    if not _elsewhere(run):
         return
+    check_free(run, take_over=take_over)
     bound_s = files.Patience(files.STALE_S if stale_s is None else stale_s).bound_s
     quiet_s = 2 * bound_s + QUIET_S
     note(f"its last coordinator was on another machine: looking on for {quiet_s:.0f} s (by cluster.stale_s) first")
@@ -137,14 +139,15 @@ def settle(run: Path, stale_s: float | None, note: Callable[[str], None], *, tak
                 raise _at_work(run)
 
 
-def _elsewhere(run: Path, *, take_over: bool) -> bool:
-    """Whether there is a coordinator to follow that was on another machine, and ended before its run did."""
+def _elsewhere(run: Path) -> bool:
+    """Whether there is a coordinator to follow that was on another machine, and ended in no good order."""
     numbers = files.epochs(run)
-    if not numbers or not take_over:  # without, `open_epoch` refuses to follow it
+    if not numbers:
         return False
     with contextlib.suppress(RecordError):
         events = [json.loads(body)["event"] for _, body in journal.read(run).epochs[-1][1]]
-        if "complete" in events and "asked" not in events[events.index("complete") :]:
+        complete = "complete" in events and "asked" not in events[events.index("complete") :]
+        if complete or events[-1] == "closed":
             return False
         return bool(read_owner(run, numbers[-1]).get("owner", {}).get("host") != owner.identity()["host"])
     return True
@@ -169,7 +172,7 @@ def check_free(run: Path, *, take_over: bool) -> None:
         return
     try:
         who = read_owner(run, numbers[-1])["owner"]
-        verdict = owner.judge(who)
+        verdict = slurm.judge(who)
     except (RecordError, KeyError) as error:
         raise Held(
             f"{run}: who holds it cannot be told: {error}. If you know that nobody does, add --take-over"

@@ -8,10 +8,11 @@ has made is ever named: a coordinator may have been superseded without knowing i
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lemonade_hpc import files
+from lemonade_hpc.run.log import Message
 from lemonade_hpc.run.record import History
 
 
@@ -23,13 +24,14 @@ def half_made(run: Path) -> list[Path]:
     return [path for folder in folders for path in folder.glob(f"{files.TEMPORARY}*")]
 
 
-def lost_attempts(run: Path, history: History) -> list[Path]:
-    """In the folders of children whose weights are needed, all but what the record names."""
+def beside_weights(run: Path, outcomes: Iterable[Message]) -> list[Path]:
+    """In the folders of finished children, all but the weights: other attempts, checkpoints, half made files."""
     found = []
-    for number, outcome in history.results.items():
-        folder = run / files.child_folder(number)
-        found += [path for path in folder.glob("*") if path.name != outcome["attempt"]]
-        found += (folder / outcome["attempt"]).glob(f"{files.TEMPORARY}*")
+    for outcome in outcomes:
+        folder = run / files.child_folder(outcome["child"])
+        kept = {outcome["attempt"]: None} if "weights" in outcome else {}
+        found += [path for path in folder.glob("*") if path.name not in kept]
+        found += [p for attempt in kept for p in (folder / attempt).glob("*") if p.name != files.WEIGHTS]
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,10 +132,41 @@ class Attempt:
 
     id: str
     worker: str
+    node: str | None = None
     lost: str | None = None
-    """How it was lost (`crash`, `worker`, `stopped`), None while it may still report."""
+    """How it was lost (one of LOSSES), None while it may still report."""
     reason: str = ""
     """Why, in words."""
+    done: float = 0.0
+    """Share of the child's training, of 1, that its last checkpoint holds."""
+
+
+LOSSES = ("crash", "walltime", "worker", "stopped")
+"""How an attempt is lost: the trainer died; the worker's time was over; the worker is gone; it was taken back."""
+
+
+@dataclass
+class Worker:
+    """A worker that was started and not given up."""
+
+    launch: str
+    """The first worker of its launch."""
+    place: int
+    """Its place in that launch, from 0."""
+    gpus: int
+    node: str | None = None
+    """Where it runs, once it has been heard of."""
+
+
+@dataclass
+class Usage:
+    """GPU-seconds, or seconds of workers where they have no GPU, of workers that have left."""
+
+    spent: float = 0.0
+    busy: float = 0.0
+    """Those in which a child was trained."""
+    wasted: float = 0.0
+    """Those of `busy` that led to nothing: attempts lost, since their last checkpoint."""
 
 
 class History:
@@ -159,12 +191,28 @@ class History:
         self.sealed: list[Event] = []
         self.failures: list[dict[str, Any]] = []
         """Outcomes of failed children."""
-        self.workers: dict[str, tuple[str, int]] = {}
-        """Workers that were started and not given up: the first one of its launch, and its place in that."""
-        self.num_lost = {"crash": 0, "worker": 0, "stopped": 0}
+        self.workers: dict[str, Worker] = {}
+        """Workers that were started and not given up."""
+        self.unit = "worker-hours"
+        """What the usage is counted in."""
+        self.num_launched = 0
+        """Workers started so far."""
+        self.departures: Counter[str] = Counter()
+        """How workers ended, and how many did so."""
+        self.usage = Usage()
+        self.num_lost = dict.fromkeys(LOSSES, 0)
+        self.strikes: dict[str, set[str]] = {}
+        """By node: children that crashed there and nowhere else, and workers that could not work there, since the last
+        child that was trained there."""
+        self.fruitful: set[str] = set()
+        """Nodes where a child has been trained."""
+        self.excluded: dict[str, str] = {}
+        """Nodes that get no worker any more, and why."""
         self.wall_s = 0.0
         """Seconds that committed attempts took."""
         self.num_records = 0
+        self.num_crashes = 0
+        """Coordinators in a row, up to the last one, that ended in no good order and saw no child finished."""
         self.initial_front: pareto.Front | None = None
         """The front of the initial networks alone, once all have reported; children may have been faster than some."""
         self._initial = self.state.front
@@ -177,11 +225,18 @@ class History:
             self._asked(event)
         elif kind == "launched":
             first = event["workers"][0]
-            self.workers |= {name: (first, place) for place, name in enumerate(event["workers"])}
+            self.num_launched += len(event["workers"])
+            self.unit = "GPU-hours" if event["gpus"] else self.unit
+            self.workers |= {name: Worker(first, k, event["gpus"]) for k, name in enumerate(event["workers"])}
+        elif kind == "joined":
+            self.workers[event["worker"]].node = event["node"]
         elif kind == "left":
-            self.workers.pop(event["worker"], None)
+            self._left(event)
+        elif kind == "excluded":
+            self.excluded[event["node"]] = event["reason"]
         elif kind == "attempt":
-            self.attempts[event["child"]].append(Attempt(event["attempt"], event["worker"]))
+            node = self.workers[event["worker"]].node
+            self.attempts[event["child"]].append(Attempt(event["attempt"], event["worker"], node))
         elif kind == "lost":
             self._lost(event)
         elif kind == "committed":
@@ -192,6 +247,8 @@ class History:
                 self.unsealed.pop(number, None)
         elif kind == "complete":
             self.complete = event
+        elif kind == "closed":
+            self.num_crashes = 0
         else:
             raise ValueError(f"unknown event {kind!r}")
         self.num_records += 1
@@ -206,18 +263,41 @@ class History:
             self.children[child.number] = child
             self.unsealed[child.number] = dict(data)
 
+    def _left(self, event: Event) -> None:
+        worker = self.workers.pop(event["worker"])
+        self.departures[event["how"]] += 1
+        self.usage.spent += event["lived_s"] * max(worker.gpus, 1)
+        self.usage.busy += event["busy_s"] * max(worker.gpus, 1)
+        if event["fault"] and worker.node is not None:
+            self.strikes.setdefault(worker.node, set()).add(f"worker {event['worker']}")
+
     def _lost(self, event: Event) -> None:
         self.num_lost[event["kind"]] += 1
-        for attempt in self.attempts.get(event["child"], []):
+        attempts = self.attempts.get(event["child"], [])
+        for attempt in attempts:
             if attempt.id == event["attempt"]:
-                attempt.lost, attempt.reason = event["kind"], event["reason"]
+                attempt.lost, attempt.reason, attempt.done = event["kind"], event["reason"], event["done"]
+                worker = self.workers.get(attempt.worker)
+                self.usage.wasted += event["seconds"] * max(worker.gpus if worker else 0, 1)
+                if attempt.lost == "crash" and attempt.node is not None:
+                    self.strikes.setdefault(attempt.node, set()).add(f"child {event['child']}")
+        if len({one.node for one in attempts if one.lost == "crash"}) > 1:  # then it is the child's own fault
+            self._forgive(event["child"])
+
+    def _forgive(self, number: int) -> None:
+        for strikes in self.strikes.values():
+            strikes.discard(f"child {number}")
 
     def _committed(self, outcome: dict[str, Any]) -> None:
+        self.num_crashes = 0
         number, told = outcome["child"], outcome_of(self.state.problem, outcome)
         self.state = evolution.tell(self.state, told)
         if number < self.state.num_initial:
             self._initial_told(told)
-        self.attempts.pop(number)
+        for attempt in self.attempts.pop(number):
+            if attempt.id == outcome["attempt"] and "failure" not in outcome and attempt.node is not None:
+                self.fruitful.add(attempt.node)
+                self.strikes.pop(attempt.node, None)
         self.wall_s += outcome.get("wall_s", 0.0)
         self.unsealed[number]["outcome"] = outcome
         if "failure" in outcome:
@@ -301,7 +381,9 @@ def load(run: Path, fixed: Problem, upto: list[Event] | None = None) -> Loaded:
             event = json.loads(body)
             if upto is not None:
                 upto.append(event)
-            if event["event"] != "epoch":
+            if event["event"] == "epoch":
+                history.num_crashes += 1  # until it closes in good order
+            else:
                 _apply(history, event, run / files.epoch_folder(number))
     return Loaded(history, *found.end, tuple(found.warnings), found.mended, tuple(found.late))
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
-from lemonade_hpc.run import backends, lease, population, record
+from lemonade_hpc.run import backends, chain, lease, population, record, slurm
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
+from lemonade_hpc.run.ledger import Halted
 from lemonade_hpc.run.record import History, Loaded
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
@@ -27,6 +29,10 @@ from lemonade_hpc.search.ops import Signature
 
 MAY_CHANGE = ("cluster", "storage", "search.children", "data.root")
 """Keys that may differ when a run goes on: its numbers stay comparable. What data.root leads to must be the same."""
+
+
+HELD_S = 60.0
+"""How often a coordinator of a chain looks whether the one before, which Slurm has given up, has really ended."""
 
 
 def search(config: Config, run: Path, observer: Observer, *, take_over: bool = False) -> History:
@@ -41,19 +47,27 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
         _check_backend(config)
     try:
         fixed = _prepare(config, data, run)
-        lease.settle(run, config.cluster.stale_s, observer.note, take_over=take_over)
         journal = None
         while journal is None:
-            loaded = record.load(run, fixed)
-            history = loaded.history
-            if _nothing_to_do(run, loaded):
-                for text in _overspent(history):
-                    observer.note(text)
-                return history
-            if not new:
-                _check_backend(config)
-            with suppress(lease.Behind):
+            try:
+                lease.settle(run, config.cluster.stale_s, observer.note, take_over=take_over)
+                loaded = record.load(run, fixed)
+                history = loaded.history
+                if _nothing_to_do(run, loaded):
+                    for text in _overspent(history):
+                        observer.note(text)
+                    return history
+                if not new:
+                    _check_backend(config)
+                chain.refuse_crash_loop(history, observer.note)
                 journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over)
+            except lease.Behind:
+                pass
+            except lease.Held as held:
+                if not chain.is_link():
+                    raise
+                observer.note(f"{held}. Waiting for that")
+                time.sleep(HELD_S)
         for text in (*loaded.warnings, *loaded.late, *_overspent(history)):
             observer.note(text)
         coordinator = Coordinator(run, config, history, journal, _backend(run, config, observer), observer)
@@ -61,6 +75,10 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
             try:
                 coordinator.adopt()
                 coordinator.search()
+            except Halted:
+                if chain.is_link():
+                    chain.end(record.read_identity(run)["run"])
+                raise
             finally:
                 coordinator.close()
     except OSError as error:
@@ -70,11 +88,35 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     return history
 
 
+def submit(config: Config, run: Path) -> str:
+    """Check everything, as `search` does, and submit the run's coordinator as a job; its id. Raises ConfigError."""
+    config, data = _to_submit(config)
+    _check_backend(config)
+    _prepare(config, data, run)
+    lease.check_free(run, take_over=False)
+    return chain.begin(config, run)
+
+
+def submission(config: Config, run: Path) -> tuple[str, str]:
+    """The scripts of the coordinator's job and of a worker's, as `submit` would have them run."""
+    config, _ = _to_submit(config)
+    new = not (run / files.RUN).exists()
+    run_id = "x" * 8 if new else record.read_identity(run)["run"]
+    folder = run / files.WORKERS / "e1w00" / "job"
+    worker = slurm.script(config.cluster, f"{slurm.prefix(run_id)}e1w00", folder)
+    return chain.script(config, run, chain.job_name(run_id)), worker
+
+
+def _to_submit(config: Config) -> tuple[Config, data_sets.DataSet]:
+    if config.cluster.backend != "slurm":
+        raise ConfigError(f"cluster.backend: got {config.cluster.backend}; what is submitted needs slurm")
+    data = data_sets.load(config.data)
+    return resolve(config, data.shape), data
+
+
 def _check_backend(config: Config) -> None:
     """Raise ConfigError where no worker could be started, as far as that can be known beforehand."""
     if config.cluster.backend == "slurm":
-        from lemonade_hpc.run import slurm
-
         slurm.check(config.cluster)
     elif config.cluster.device == "cuda" and not backends.may_have_gpu():
         raise ConfigError("cluster.device: got cuda, but this machine has no GPU; allowed: auto, cpu, cuda")
@@ -161,20 +203,22 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _backend(run: Path, config: Config, observer: Observer) -> Backend:
     if config.cluster.backend == "slurm":
-        from lemonade_hpc.run.slurm import SlurmBackend
-
-        return SlurmBackend(run, record.read_identity(run)["run"], config.cluster, observer.note)
+        first = files.epochs(run) == [1] and not chain.is_link()  # a link has just submitted its successor
+        return slurm.SlurmBackend(run, record.read_identity(run)["run"], config.cluster, observer.note, first=first)
     return (InlineBackend if config.cluster.backend == "inline" else LocalBackend)(run, config.cluster)
 
 
 @contextmanager
 def _signals(coordinator: Coordinator) -> Iterator[None]:
-    """The first signal ends the session in good order, the second at once."""
+    """The first signal ends the session in good order, a second Ctrl-C at once.
+
+    Slurm and containers send one signal twice, so any other is heard once.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if coordinator.stop_signal is not None:
+        if coordinator.stop_signal is not None and number == signal.SIGINT:
             os._exit(3)
-        coordinator.stop_signal = number
+        coordinator.stop_signal = coordinator.stop_signal or number
 
     wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {which: signal.signal(which, handle) for which in wanted}

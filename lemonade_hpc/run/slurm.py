@@ -10,23 +10,28 @@ asked nothing else.
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, ConfigError
-from lemonade_hpc.run import worker
-from lemonade_hpc.run.backends import LAST_BYTES, THREAD_LIMITS, Refused
+from lemonade_hpc.run import owner, worker
+from lemonade_hpc.run.backends import CANCELLED, DIED, LAST_BYTES, THREAD_LIMITS, Refused
 
 Place = tuple[str, int]
 """The first worker of a launch, and the index of a task of its array."""
 
+COORDINATOR = "coordinator"
+"""Stands in a job's name where a worker's has its launch."""
 COMMANDS = ("sbatch", "squeue", "scancel", "srun")
-QUERY_TIMEOUT_S = 60.0
+QUERY_TIMEOUT_S = 20.0
+JUDGED_FOR_S = 60.0
 SILENT_QUERIES = 2
 """A worker that has said nothing for as long as this many queries are apart is looked up."""
 CONFIRMATIONS = 2
@@ -38,6 +43,16 @@ ENDED = frozenset({
     "TIMEOUT",
 })  # fmt: skip
 """States that a job which is not requeued never leaves; any other, known or not, is a life."""
+SIGNAL_S = 30
+"""Slurm signals a worker this long before its time limit, which it has left a little before by itself."""
+ENDS = {
+    "BOOT_FAIL": "node failure", "CANCELLED": CANCELLED, "COMPLETED": "completed", "DEADLINE": "time limit",
+    "NODE_FAIL": "node failure",
+    "OUT_OF_MEMORY": "out of memory", "PREEMPTED": "preempted", "TIMEOUT": "time limit",
+}  # fmt: skip
+"""What a state says of how a worker ended."""
+STUCK = re.compile(r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|Partition\w+Limit|Max\w+PerJob|PerLimit")
+"""In reasons for which a job waits until somebody changes something."""
 TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again", "maxsubmit")
 """What sbatch says, among other words, where the same call may succeed later."""
 NODES_MAY_BE_DOWN = "requested node configuration is not available"
@@ -77,45 +92,77 @@ def script(cluster: Cluster, name: str, folder: Path) -> str:
     return str(executor._make_submission_file_text("true", "check"))
 
 
-def parameters(cluster: Cluster, name: str) -> dict[str, Any]:
+def parameters(cluster: Cluster, name: str, avoid: Collection[str] = ()) -> dict[str, Any]:
     """The arguments of submitit's executor: what is asked of Slurm for one worker."""
     cpus = cluster.cpus_per_worker
     gpus = f"gpu:{cluster.gpus_per_worker}" if cluster.gpus_per_worker else None
+    asked = {
+        "cpus_per_task": cpus,
+        "mem": f"{int(1024 * cluster.mem_gb)}M",
+        "gres": cluster.gres or gpus,
+        "no-requeue": True,
+        "reservation": cluster.reservation,
+    }
+    asked = {key: v for key, v in asked.items() if v is not None and key.replace("_", "-") not in cluster.skip}
+    further = {key: asked.pop(key) for key in ("no-requeue", "reservation") if key in asked}
     return {
         "job_name": name,
         "time": cluster.time_min,
-        "cpus_per_task": cpus,
-        "srun_args": [f"--cpus-per-task={cpus}"],  # from Slurm 22.05 on srun does not inherit it
-        "mem": f"{int(1024 * cluster.mem_gb)}M",
-        "gres": cluster.gres or gpus,
-        **{key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint", "exclude", "wckey")},
+        "signal_delay_s": SIGNAL_S,
+        "srun_args": [f"--cpus-per-task={cpus}"] if "cpus_per_task" in asked else [],  # from 22.05 on not inherited
+        **asked,
+        **{key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint", "wckey")},
+        "exclude": ",".join([*([cluster.exclude] if cluster.exclude else []), *sorted(avoid)]) or None,
         "array_parallelism": cluster.max_array,
         "setup": [*(f"export {key}={cpus}" for key in THREAD_LIMITS), *cluster.setup],
-        "additional_parameters": {"no-requeue": True, **cluster.extra},
+        "additional_parameters": {**further, **cluster.extra},
     }
 
 
+def gpus_of(cluster: Cluster) -> int:
+    """How many GPUs a worker is given."""
+    found = re.search(r"\bgpu(?::[^:,]+)??(?::(\d+))?(?:,|$)", cluster.gres or "")
+    if found:
+        return int(found[1] or 1)
+    return 0 if cluster.gres else cluster.gpus_per_worker
+
+
 class SlurmBackend:
-    """The workers of a run on a cluster. `run_id` tells its jobs from those of other runs."""
+    """The workers of a run on a cluster. `run_id` tells its jobs from those of other runs.
 
-    lasting = True
+    `first`: whether no coordinator came before, which may have called Slurm a moment ago.
+    """
 
-    def __init__(self, run: Path, run_id: str, cluster: Cluster, note: Callable[[str], None]) -> None:
+    lasting = excludes = True
+
+    def __init__(
+        self, run: Path, run_id: str, cluster: Cluster, note: Callable[[str], None], *, first: bool = True
+    ) -> None:
         self._run, self._cluster, self._note = run.resolve(), cluster, note
         self._run_id = run_id
+        self.gpus = gpus_of(cluster)
         self._places: dict[str, Place] = {}
         self._heard_at: dict[str, float] = {}
         self._ended: dict[str, int] = {}
         """How many queries in a row saw a worker's job to have ended, or not at all."""
+        self._last_state: dict[str, str] = {}
+        self._max_array: int | None = None
+        self._stuck: set[str] = set()
+        """Reasons to wait that have been told."""
+        self._unexplained: set[str] = set()
+        """Workers that are gone, and how is asked."""
         self._jobs: dict[Place, str] = {}
-        self._queried_at = self._submitted_at = -math.inf
+        self._queried_at = self._submitted_at = -math.inf if first else time.monotonic()
 
     def room(self) -> int:
-        """How many workers may be started now."""
-        waited = time.monotonic() - self._submitted_at
-        return self._cluster.max_array if waited >= self._cluster.submit_s else 0
+        """How many workers may be started now: as many as the site and the settings take in one array."""
+        if time.monotonic() - self._submitted_at < self._cluster.submit_s:
+            return 0
+        if self._max_array is None:
+            self._max_array = min(self._cluster.max_array, _site_limit() or self._cluster.max_array)
+        return self._max_array
 
-    def launch(self, names: Sequence[str]) -> None:
+    def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
         """Submit one array. Raises Refused; an error that may pass leaves the workers to be found, or given up."""
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError
@@ -123,7 +170,7 @@ class SlurmBackend:
         self._places |= {name: (names[0], place) for place, name in enumerate(names)}
         self._submitted_at = time.monotonic()
         executor = SlurmExecutor(folder=self._folder(names[0]))
-        executor.update_parameters(**parameters(self._cluster, _prefix(self._run_id) + names[0]))
+        executor.update_parameters(**parameters(self._cluster, prefix(self._run_id) + names[0], avoid))
         try:
             jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
         except FailedJobError as error:
@@ -148,6 +195,15 @@ class SlurmBackend:
         limit = SILENT_QUERIES * self._cluster.status_s if since_s is None else since_s
         return time.monotonic() - self._heard_at.get(name, -math.inf) > limit
 
+    def ended(self, name: str) -> str | None:
+        """How its job ended, once Slurm has been asked."""
+        state, seen = self._last_state.get(name), self._ended.get(name, 0)
+        if state in ENDED or seen >= CONFIRMATIONS or name not in self._places:  # the last: it left long ago
+            self._unexplained.discard(name)
+            return ENDS.get(state or "", DIED)
+        self._unexplained.add(name)
+        return None
+
     def kill(self, name: str) -> None:
         """Cancel its job, if it is known."""
         job = self._jobs.get(self._places.get(name, ("", 0)))
@@ -163,20 +219,37 @@ class SlurmBackend:
     def step(self) -> None:
         """Ask for the state of jobs, now and then, while there is a worker of which nothing is heard."""
         now = time.monotonic()
-        silent = [name for name in self._places if self._silent(name) and self._ended.get(name, 0) < CONFIRMATIONS]
-        if silent and now - self._queried_at >= self._cluster.status_s:
+        asked = [name for name in self._places if self._silent(name) and self._ended.get(name, 0) < CONFIRMATIONS]
+        asked += self._unexplained - set(asked)
+        if asked and now - self._queried_at >= self._cluster.status_s:
             self._queried_at = now
-            jobs = jobs_of(self._run_id)
-            if jobs is not None:
-                self._jobs |= {place: job for place, (job, _) in jobs.items()}
-                for name in silent:
-                    place = self._places[name]
-                    self._judge(name, jobs[place][1] if place in jobs else None)
+            answer = jobs_of(self._run_id, {self._places[name] for name in asked})
+            if answer is not None:
+                self._jobs |= {place: job.id for place, job in answer.jobs.items()}
+                for name in asked:
+                    job = answer.jobs.get(self._places[name])
+                    if job is not None or answer.all:
+                        self._judge(name, job.state if job else None)
+                    if job is not None:
+                        self._tell_if_stuck(job)
+
+    def _tell_if_stuck(self, job: Job) -> None:
+        """Say it where a job waits for what will not come by itself."""
+        if job.state == "PENDING" and job.reason not in (*self._stuck, "") and STUCK.search(job.reason):
+            self._stuck.add(job.reason)
+            self._note(f"job {job.id} waits for a reason that does not pass by itself: {job.reason}")
 
     def _judge(self, name: str, state: str | None) -> None:
         """What one answer says of one worker."""
-        if state is None and name in self._heard_at and not self._silent(name, UNSEEN_S):
+        if (
+            state is None
+            and name in self._heard_at
+            and name not in self._unexplained
+            and not self._silent(name, UNSEEN_S)
+        ):
             return  # it was at work: Slurm may have forgotten a job that still writes its last words
+        if state is not None:
+            self._last_state[name] = state
         if state is None or state in ENDED:
             self._ended[name] = self._ended.get(name, 0) + 1
             return
@@ -201,20 +274,105 @@ class SlurmBackend:
         """Leave the workers as they are: they are told to stop by their mailboxes, if at all."""
 
 
-def _prefix(run_id: str) -> str:
+def prefix(run_id: str) -> str:
+    """How the names of all jobs of a run begin."""
     return f"lemonade-{run_id[:8]}-"
 
 
-def jobs_of(run_id: str) -> dict[Place, tuple[str, str]] | None:
-    """Id and state of every job of a run that Slurm shows; None where it gives no answer."""
-    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T")
-    if answer is None:
-        return None
-    found: dict[Place, tuple[str, str]] = {}
-    for line in answer.splitlines():
-        job, name, state = line.split("|")
-        if name.startswith(_prefix(run_id)):
-            found[name.removeprefix(_prefix(run_id)), int(job.partition("_")[2] or 0)] = (job, state)
+@dataclass(frozen=True)
+class Job:
+    """A job as Slurm shows it."""
+
+    id: str
+    state: str
+    reason: str = ""
+    """Why it waits."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Slurm says of a run's jobs; `all`: one that is missing is not in the queue."""
+
+    jobs: dict[Place, Job]
+    all: bool
+
+
+def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
+    """Ask squeue, or scontrol where that fails, or sacct; None where nobody answers.
+
+    sacct is asked too after `wanted` jobs that the queue has forgotten. It may not know yet of jobs just submitted.
+    """
+    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r")
+    if answer is not None:
+        found = _named(run_id, (line.split("|") for line in answer.splitlines()))
+    else:
+        answer = ask("scontrol", "show", "job", "--oneliner")
+        found = _named(run_id, map(_told_by_scontrol, (answer or "").splitlines()))
+    if answer is None or not found.keys() >= set(wanted):
+        name = ",".join(sorted({prefix(run_id) + launch for launch, _ in wanted}))
+        past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State")
+        if answer is None and past is None:
+            return None
+        found = _named(run_id, (line.split("|") for line in (past or "").splitlines())) | found
+    return Answer(found, answer is not None)
+
+
+def judge(who: dict[str, Any]) -> owner.Verdict:
+    """Whether a coordinator lives: told by its process on this machine, else by its job."""
+    verdict = owner.judge(who)
+    if verdict == "unknown" and who.get("slurm_job"):
+        ended = job_has_ended(who["slurm_job"])
+        verdict = "unknown" if ended is None else "gone" if ended else "alive"
+    return verdict
+
+
+class PatientJudge:
+    """`judge` for somebody who asks again and again: Slurm is asked once a minute."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, tuple[float, owner.Verdict]] = {}
+
+    def __call__(self, who: dict[str, Any]) -> owner.Verdict:
+        """Whether a coordinator lives, as far as has been known for less than a minute."""
+        asked_at, verdict = self._said.get(repr(who), (-math.inf, "unknown"))
+        if time.monotonic() - asked_at >= JUDGED_FOR_S:
+            verdict = judge(who)
+            self._said[repr(who)] = (time.monotonic(), verdict)
+        return verdict
+
+
+def job_has_ended(job: str) -> bool | None:
+    """Whether one job, which was running once, is over; None where nobody says."""
+    answer = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+    if not answer:
+        answer = ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State")
+    states = (answer or "").split()
+    return states[0] in ENDED if states else None
+
+
+def _told_by_scontrol(line: str) -> Sequence[str]:
+    """Id, name and state of a job in one line of `key=value`."""
+    said = dict(part.partition("=")[::2] for part in line.split())
+    array, task = said.get("ArrayJobId", said.get("JobId", "")), said.get("ArrayTaskId")
+    name, state, reason = (said.get(key, "") for key in ("JobName", "JobState", "Reason"))
+    return (f"{array}_{task}" if task else array, name, state, reason)
+
+
+def _site_limit() -> int | None:
+    """MaxArraySize, the first index that no task may have; None where it is not told."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config") or "", re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _named(run_id: str, rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
+    """The jobs of a run's workers, of rows of id, name, state and reason; anything else is passed over."""
+    found: dict[Place, Job] = {}
+    for row in rows:
+        if len(row) >= 3 and row[1].startswith(prefix(run_id)) and row[2]:
+            place = row[0].partition("_")[2] or "0"
+            if place.isdigit():
+                job = Job(row[0], row[2].split()[0], *row[3:4])
+                found[row[1].removeprefix(prefix(run_id)), int(place)] = job
     return found
 
 

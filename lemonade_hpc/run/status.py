@@ -6,18 +6,20 @@ Decides: the content of `front --json` and `status --json`. Reads only; needs no
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import from_dict
-from lemonade_hpc.run import lease, owner, population, record
-from lemonade_hpc.run.log import LogReader
+from lemonade_hpc.run import lease, owner, population, record, slurm
+from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.record import History, Loaded, RecordError
 from lemonade_hpc.search import evolution, morphisms
 from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search.evolution import Problem
 
+Judge = Callable[[dict[str, Any]], owner.Verdict]
 NUM_FAILURES = 10
 LOOK_S = 0.5
 """Time between looks at what may be late."""
@@ -80,15 +82,15 @@ def front(history: History) -> list[dict[str, Any]]:
     return sorted(members, key=lambda member: (member["objectives"][fixed.cheap[0]], member["id"]))
 
 
-def status(run: Path) -> dict[str, Any]:
-    """Everything `status` shows."""
+def status(run: Path, judge: Judge = slurm.judge) -> dict[str, Any]:
+    """Everything `status` shows; `judge` tells whether a coordinator lives."""
     content, fixed, loaded = read(run)
     history = loaded.history
     state = history.state
-    attempts = [a for given in history.attempts.values() for a in given if a.lost is None]
+    workers = [_worker(run, name) for name in sorted(history.workers)]
     return {
         "run": content["run"],
-        "state": _life(run, history),
+        "state": _life(run, history, judge),
         "warnings": list(loaded.warnings),
         "data": {
             "name": content["config"]["data"]["name"],
@@ -104,10 +106,13 @@ def status(run: Path) -> dict[str, Any]:
         },
         "proposals_redrawn": vars(state.redrawn),
         "attempts_lost": dict(history.num_lost),
+        "workers_left": dict(history.departures),
+        "nodes_excluded": dict(history.excluded),
+        "usage": _usage(history, workers),
         "training_s": round(history.wall_s, 1),
         "hypervolume": hypervolumes(history),
         "front": front(history),
-        "workers": [_worker(run, name) for name in sorted({attempt.worker for attempt in attempts})],
+        "workers": workers,
         "failures": [{"child": o["child"], **o["failure"]} for o in history.failures[-NUM_FAILURES:]],
     }
 
@@ -137,7 +142,7 @@ def hypervolumes(history: History) -> dict[str, float | None]:
     }
 
 
-def _life(run: Path, history: History) -> str:
+def _life(run: Path, history: History, judge: Judge) -> str:
     """`complete`, `failed: why`, `running: by whom`, or `stopped`."""
     numbers, state = files.epochs(run), history.state
     if state.complete and history.complete is not None:
@@ -147,26 +152,30 @@ def _life(run: Path, history: History) -> str:
     if not numbers:
         return "not started"
     who = lease.read_owner(run, numbers[-1])["owner"]
-    verdict = owner.judge(who)
+    verdict = judge(who)
     if verdict == "alive":
         return f"running: {owner.describe(who)}"
     return "stopped" if verdict == "gone" else f"unknown: last held by {owner.describe(who)}"
 
 
+def _usage(history: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Hours of GPUs (of workers, where those have none) of all workers so far."""
+    weights = [max(history.workers[worker["name"]].gpus, 1) for worker in workers]
+    spent = history.usage.spent + sum(k * one["lived_s"] for k, one in zip(weights, workers, strict=True))
+    busy = history.usage.busy + sum(k * one["busy_s"] for k, one in zip(weights, workers, strict=True))
+    hours = {"spent": spent, "wasted": history.usage.wasted, "idle": max(spent - busy, 0.0)}
+    return {"unit": history.unit, **{name: round(seconds / 3600, 4) for name, seconds in hours.items()}}
+
+
 def _worker(run: Path, name: str) -> dict[str, Any]:
-    """A worker's last words."""
-    doing, host, device = "starting", None, None
-    for message in LogReader(run / files.done_log(name)).poll():
-        if message["say"] == "hello":
-            host = message["host"]
-        elif message["say"] == "ready":
-            device = message["device"]
-        elif message["say"] == "started":
-            doing = f"child {message['child']}"
-        elif message["say"] == "epoch":
-            doing = f"child {message['child']}, epoch {message['epoch']}"
-        elif message["say"] in ("outcome", "crashed"):
-            doing = "idle"
-        elif message["say"] == "bye":
-            doing = f"left: {message['reason']}"
-    return {"name": name, "host": host, "device": device, "doing": doing}
+    """What a worker has said of itself."""
+    worker = WorkerHandle(run, None, name)
+    worker.hear()
+    return {
+        "name": name,
+        "node": worker.node,
+        "device": worker.device,
+        "doing": worker.doing,
+        "lived_s": worker.lived_s,
+        "busy_s": round(worker.busy_s, 3),
+    }

@@ -6,7 +6,7 @@ Decides: what a sound run is. Reads only.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,10 +91,14 @@ def _decisions(fixed: Problem, events: list[Event]) -> Iterator[str]:
 
 def _attempts(events: list[Event]) -> Iterator[str]:
     allowed = budgets.allowed(max((event["retries"] for event in events if event["event"] == "epoch"), default=0))
-    lost = Counter((event["child"], event["kind"]) for event in events if event["event"] == "lost")
-    for (child, kind), count in lost.items():
-        if kind in allowed and count > 1 + allowed[kind]:
-            yield f"child {child} lost {count} attempts to {kind}; allowed are {1 + allowed[kind]}"
+    losses: dict[int, list[tuple[str, float]]] = defaultdict(list)
+    for event in events:
+        if event["event"] == "lost":
+            losses[event["child"]].append((event["kind"], event["done"]))
+    for child, lost in losses.items():
+        for kind, count in budgets.charged(lost).items():
+            if kind in allowed and count > 1 + allowed[kind]:
+                yield f"child {child} lost {count} attempts to {kind}; allowed are {1 + allowed[kind]}"
 
 
 def _sealed(run: Path, history: History, events: list[Event]) -> Iterator[str]:

@@ -1,145 +1,50 @@
 """The worker's supervisor: follows its mailbox, keeps a trainer at work, reports. Imports no torch.
 
-Decides: what a worker does with an assignment, a crash of its trainer, a signal, a coordinator that is gone or has a
-successor. Never decides what is trained or whether a child is tried again: that is the coordinator's. A worker follows
-the highest epoch; one that finds no mailbox of its own there was given up, and leaves.
+Decides: what a worker does with an assignment, a crash of its trainer, a signal, the end of its job's time, a
+coordinator that is gone or has a successor. Never decides what is trained or whether a child is tried again: the
+coordinator does. A worker follows the highest epoch; one that finds no mailbox of its own there was given up, and
+leaves. One that must leave by a signal, or for its time, has its child's checkpoint taken first.
 
 Coordinator to worker: `{"do": "train", ...task}`, `{"do": "revoke", child, attempt}` of one that has not begun, and
-`{"do": "stop"}` at once. Worker to coordinator: `{"say": ...}` with hello, ready, alive, started, epoch, outcome,
-returned, crashed, storage, unfit, bye.
+`{"do": "stop"}` at once. Worker to coordinator: `{"say": ...}` with hello, ready, alive, started, epoch, checkpoint,
+outcome, returned, crashed, storage, unfit, bye, each with the seconds since its hello (`at`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.run import owner
 from lemonade_hpc.run.log import LogReader, LogWriter, Message
+from lemonade_hpc.run.trainers import SIGNALS, ProcessTrainer, Trainer
 
-TRAINER = ("-m", "lemonade_hpc.learn.child")
-"""What a trainer process runs."""
 BEAT_S = 5.0
-UNFIT = "unfit"
-"""Why a worker leaves that cannot start trainers."""
+UNFIT, SIGNALLED, TIME_OVER = "unfit", "signalled", "its time is nearly over"
+"""Why a worker leaves: it cannot start trainers; it was sent a signal; its job ends soon."""
 ORPHAN_S = 60.0
 """A coordinator whose heartbeat stands still for this long is gone. Where files are seen late, four times `stale_s` is
 added: the heartbeat is late, a successor looks on for twice as long before it begins, and is then seen late itself."""
 ORPHAN_WAIT_S = 5.0
-"""How long a worker that has finished its work waits for a successor of a coordinator that is gone."""
+"""How long a worker of this machine that has nothing to do waits for a successor of a coordinator that is gone.
+
+A job does not leave for that: its successor may be in the queue, and the job's place there is worth the wait."""
 SPARE_S = 60.0
-"""A child is to end this long before the time limit of the worker's job."""
-LOG_CAP = 2**20
-TAIL = 3000
-"""Bytes of trainer output that are kept on file, and that a report of a crash quotes."""
-CHUNK = 2**16
-CHUNKS = 16
-"""How much of a trainer's output is read in one go: one that never stops writing must not keep its supervisor busy."""
-
-
-class Trainer(Protocol):
-    """What trains children one after another: a process of its own, or this one (`inline`)."""
-
-    def send(self, task: Message) -> None:
-        """Start on a task."""
-
-    def poll(self) -> list[Message]:
-        """What it has reported since the last poll."""
-
-    def died(self) -> str | None:
-        """How it ended, with the tail of its output; None while it lives."""
-
-    def kill(self) -> None:
-        """End it at once."""
-
-
-class ProcessTrainer:
-    """`learn/child.py` in its own process, which leaves when this one does: its standard input closes."""
-
-    def __init__(self, run: Path, epoch: int, log: Path) -> None:
-        command = [sys.executable, *TRAINER, str(run), str(run / files.owner(epoch))]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
-        self._log = log
-        self._tail = b""
-        self._rest = b""
-        for stream in (self._process.stdout, self._process.stderr):
-            assert stream is not None
-            os.set_blocking(stream.fileno(), False)
-
-    def send(self, task: Message) -> None:  # noqa: D102
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died: `died` will tell
-            self._process.stdin.write((json.dumps(task) + "\n").encode())
-            self._process.stdin.flush()
-
-    def poll(self) -> list[Message]:  # noqa: D102
-        self._keep(_drain(self._process.stderr))
-        *lines, self._rest = (self._rest + _drain(self._process.stdout)).split(b"\n")
-        messages = []
-        for line in lines:
-            message = _message(line)
-            if message is None:  # something printed it before `learn/child.py` could turn such output away
-                self._keep(line + b"\n")
-            else:
-                messages.append(message)
-        return messages
-
-    def died(self) -> str | None:  # noqa: D102
-        code = self._process.poll()
-        if code is None:
-            return None
-        self._keep(_drain(self._process.stderr))
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"{how}\n{self._tail.decode(errors='replace')}".strip()
-
-    def kill(self) -> None:  # noqa: D102
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):  # a task that it did not read any more
-                stream.close()
-
-    def _keep(self, output: bytes) -> None:
-        """Append to the log up to its cap, and remember the tail."""
-        if not output:
-            return
-        self._tail = (self._tail + output)[-TAIL:]
-        with open(self._log, "ab") as file:
-            file.write(output[: max(0, LOG_CAP - file.tell())])
-
-
-def _drain(stream: Any) -> bytes:
-    """What can be read without waiting."""
-    parts = []
-    for _ in range(CHUNKS):
-        part = stream.read(CHUNK)
-        if not part:
-            break
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _message(line: bytes) -> Message | None:
-    try:
-        message = json.loads(line)
-    except ValueError:
-        return None
-    return message if isinstance(message, dict) else None
+"""A child is to end, or to be saved, this long before the time limit of the worker's job."""
+WORTH_S = 300.0
+"""A child that would not end before that is begun all the same where there is this much time: it goes on elsewhere."""
+SAVE_S = 10.0
+"""How long a worker that must leave waits for its child's checkpoint."""
 
 
 def _owner(run: Path, epoch: int) -> Message | None:
@@ -155,34 +60,17 @@ def _key(message: Message) -> tuple[int, str]:
     return message["child"], message["attempt"]
 
 
-class InlineTrainer:
-    """`learn/child.py` inside this process, which waits for it: for tests and debugging."""
-
-    def __init__(self, run: Path, epoch: int) -> None:
-        self._child = importlib.import_module("lemonade_hpc.learn.child")
-        self._lab = self._child.open_lab(run, run / files.owner(epoch))
-        self._messages: list[Message] = [{"ready": self._lab.device.type}]
-
-    def send(self, task: Message) -> None:  # noqa: D102
-        self._messages.append(self._child.train_child(self._lab, task))
-
-    def poll(self) -> list[Message]:  # noqa: D102
-        messages, self._messages = self._messages, []
-        return messages
-
-    def died(self) -> str | None:  # noqa: D102
-        return None
-
-    def kill(self) -> None:  # noqa: D102
-        pass
-
-
 class Worker:
     """One worker: `step` until it returns False. `start_trainer(epoch)` is called when the first task arrives."""
 
     def __init__(self, run: Path, name: str, start_trainer: Callable[[int], Trainer]) -> None:
         self.run, self.name = run, name
         self.signalled = False
+        self._leaving: str | None = None
+        """Why, once it must."""
+        self._leave_by = math.inf
+        self._saved = False
+        """Whether its child was saved since."""
         self._start_trainer = start_trainer
         self._trainer: Trainer | None = None
         self._ready = False
@@ -195,19 +83,19 @@ class Worker:
         self._deadline = 0.0
         self._began_at = self._idle_since = self._beat_at = self._pulse_at = time.monotonic()
         self._pulse = -1
-        self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), **owner.identity())
+        who = owner.identity()
+        node = os.environ.get("SLURMD_NODENAME", who["host"])
+        self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), node=node, **who)
         self._ends_at, self._longest_s = math.inf, 0.0
         self._late, self.poll_s = files.Patience(files.STALE_S), 1.0
         self._follow()
 
     def step(self) -> bool:
         """Do what there is to do without waiting; False once the worker has left."""
-        if self.signalled:
-            return self._leave("signalled")
         if not self._follow():
             return self._leave("given up by a later coordinator")
         if not self._epoch:
-            return True
+            return not self.signalled or self._leave(SIGNALLED)
         for message in self._assigned.poll():
             if not self._obey(message):
                 return self._leave("stopped by the coordinator")
@@ -216,17 +104,19 @@ class Worker:
         if not self._attend():
             return self._leave(UNFIT)
         now = time.monotonic()
-        if self._current is None and self._out_of_time(now):
-            for task in self._queue:
-                self._return(task)
-            return self._leave("its time is nearly over")
+        if self.signalled:
+            self._must_leave(SIGNALLED, now)
+        elif now >= self._ends_at or (self._current is None and self._out_of_time(now)):
+            self._must_leave(TIME_OVER, now)
+        if self._leaving is not None and (self._current is None or self._saved or now >= self._leave_by):
+            return self._part(self._leaving)
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
             self._say("alive")
         if self._current or self._queue:
             self._idle_since = now
             return True
-        if now - self._idle_since > ORPHAN_WAIT_S and self._orphaned(now):
+        if self._ends_at == math.inf and now - self._idle_since > ORPHAN_WAIT_S and self._orphaned(now):
             return self._leave("the coordinator is gone")
         return now - self._idle_since < self._idle_exit_s or self._leave("idle")
 
@@ -283,8 +173,31 @@ class Worker:
         self._say("returned", durable=True, child=task["child"], attempt=task["attempt"])
 
     def _out_of_time(self, now: float) -> bool:
-        """Whether a child as long as the longest so far would not end before the job does."""
-        return now + self._longest_s > self._ends_at
+        """Whether a child begun now would be in vain: it would not end, nor get far enough to be worth its checkpoint.
+
+        How long a child takes is judged by the longest so far.
+        """
+        return now + min(self._longest_s, WORTH_S) > self._ends_at
+
+    def _must_leave(self, reason: str, now: float) -> None:
+        """Have the child in training saved, for so long at most, then leave; once begun, further reasons are none."""
+        if self._leaving is not None:
+            return
+        self._leaving, self._leave_by = reason, now
+        if self._current is not None and self._trainer is not None and self._ready:
+            self._leave_by = now + SAVE_S
+            self._trainer.save()
+
+    def _part(self, reason: str) -> bool:
+        """Leave, and where time is the reason, give back what may go on elsewhere.
+
+        A child that could not be saved is not among it: it would only come back from the next worker in the same way.
+        """
+        if reason == TIME_OVER:
+            saved = [self._current] if self._current is not None and self._saved else []
+            for task in (*saved, *self._queue):
+                self._return(task)
+        return self._leave(reason)
 
     # ------------------------------------------------------------ the trainer
 
@@ -303,7 +216,7 @@ class Worker:
                 self._bury(reason)
             elif self._current and time.monotonic() > self._deadline:
                 self._fail("timeout", f"longer than cluster.child_timeout_min = {self._timeout_s / 60:g} minutes")
-        if self._current is None and self._queue and not self._out_of_time(time.monotonic()):
+        if self._may_begin():
             self._started_at = time.monotonic()
             self._current = self._queue.popleft()
             self._deadline = time.monotonic() + self._timeout_s
@@ -314,12 +227,19 @@ class Worker:
             self._trainer.send(self._current)
         return True
 
+    def _may_begin(self) -> bool:
+        leaving = self.signalled or self._leaving is not None
+        return bool(self._current is None and self._queue and not leaving and not self._out_of_time(time.monotonic()))
+
     def _hear(self, message: Message) -> None:
         if "ready" in message:
             self._ready = True
             self._say("ready", device=message["ready"])
         elif "epoch" in message:
             self._say("epoch", **message)
+        elif "saved" in message:
+            self._say("checkpoint", child=message["child"], attempt=message["attempt"], **message["saved"])
+            self._saved = self._leaving is not None
         elif "storage" in message:
             self._say("storage", reason=message["storage"])
             if self._current is not None:  # whoever wants it again sends it again
@@ -352,7 +272,8 @@ class Worker:
     # ------------------------------------------------------------ reports
 
     def _say(self, what: str, *, durable: bool = False, **rest: Any) -> None:
-        self._done.append([{"say": what, **rest}], durable=durable)
+        at = round(time.monotonic() - self._began_at, 3)
+        self._done.append([{"say": what, "at": at, **rest}], durable=durable)
 
     def _leave(self, reason: str) -> bool:
         self._drop_trainer()
@@ -364,8 +285,10 @@ class Worker:
 def serve(run: str, name: str, environment: Mapping[str, str | None] | None = None) -> None:
     """A worker's whole life, in its own process and session; what submitit calls.
 
-    `environment`: variables that its trainers are to see, None those that they are not.
+    `environment`: variables that its trainers are to see, None those that they are not. Signals are heard from the
+    first line on: what follows may wait for a slow file system.
     """
+    caught = _catch_signals()
     for key, value in (environment or {}).items():
         os.environ.pop(key, None)
         if value is not None:
@@ -375,11 +298,22 @@ def serve(run: str, name: str, environment: Mapping[str, str | None] | None = No
     folder = Path(run)
     log = folder / files.WORKERS / name / "trainer.log"
     worker = Worker(folder, name, lambda epoch: ProcessTrainer(folder, epoch, log))
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        worker.signalled = True
-
-    for which in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(which, stop)
-    while worker.step():
+    while True:
+        worker.signalled = bool(caught)
+        if not worker.step():
+            break
         time.sleep(worker.poll_s)
+
+
+def _catch_signals() -> list[int]:
+    """Remember the signals that this process, and no child of it, gets from now on."""
+    caught: list[int] = []
+    supervisor = os.getpid()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == supervisor:
+            caught.append(number)
+
+    for which in SIGNALS:
+        signal.signal(which, note)
+    return caught

@@ -145,6 +145,16 @@ def summary(data: Mapping[str, Any]) -> str:
     )
 
 
+LOSSES = {"crash": "crash", "walltime": "time limit", "worker": "worker gone", "stopped": "taken back"}
+"""Kinds of lost attempts, in words."""
+
+
+def usage_text(usage: Mapping[str, Any]) -> str:
+    """`GPU-hours: 12.3 spent, 0.4 of them wasted, 1.1 idle`."""
+    spent, wasted, idle = (f"{usage[key]:.3g}" for key in ("spent", "wasted", "idle"))
+    return f"{usage['unit']}: {spent} spent, {wasted} of them wasted on attempts that were lost, {idle} idle"
+
+
 def status_view(data: Mapping[str, Any], num_validation: int) -> RenderableType:
     """Show all of `run.status.status` on a terminal."""
     state = data["state"]
@@ -152,10 +162,14 @@ def status_view(data: Mapping[str, Any], num_validation: int) -> RenderableType:
     parts: list[RenderableType] = [Text(state + advice, style="bold"), Text(summary(data))]
     lost = {kind: count for kind, count in data["attempts_lost"].items() if count and kind != "stopped"}
     if lost:
-        parts.append(Text("attempts lost: " + ", ".join(f"{kind} {count}" for kind, count in lost.items())))
+        parts.append(Text("attempts lost: " + ", ".join(f"{LOSSES[kind]} {count}" for kind, count in lost.items())))
+    if data["workers_left"]:
+        parts.append(Text("workers left: " + ", ".join(f"{how} {n}" for how, n in data["workers_left"].items())))
+    parts.append(Text(usage_text(data["usage"])))
+    parts += [Text(f"node {node} is excluded: {why}", style="yellow") for node, why in data["nodes_excluded"].items()]
     parts += [Text(f"warning: {text}", style="yellow") for text in data["warnings"]]
-    for worker in data["workers"]:
-        where = f" on {worker['host']}" if worker["host"] else ""
+    for worker in sorted(data["workers"], key=lambda one: (one["node"] or "", one["name"])):
+        where = f" on {worker['node']}" if worker["node"] else ""
         device = f" ({worker['device']})" if worker["device"] else ""
         parts.append(Text(f"worker {worker['name']}{where}{device}: {worker['doing']}"))
     failures = data["failures"]

@@ -19,7 +19,7 @@ from common import conclude
 
 from lemonade_hpc import config as configs
 from lemonade_hpc.run import session
-from lemonade_hpc.run.worker import ProcessTrainer
+from lemonade_hpc.run.trainers import ProcessTrainer
 from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search import spaces
 from lemonade_hpc.search.graph import Graph

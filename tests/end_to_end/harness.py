@@ -136,14 +136,19 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> 
 
 
 def committed(run: Path) -> dict[int, str]:
-    """Children with an outcome in the journals and the attempts it is of, read without the program's own code."""
-    found: dict[int, str] = {}
+    """Children with an outcome in the journals, and the attempts it is of."""
+    return {number: outcome["attempt"] for number, outcome in outcomes(run).items()}
+
+
+def outcomes(run: Path) -> dict[int, dict[str, Any]]:
+    """Outcomes in the journals by child, read without the program's own code."""
+    found: dict[int, dict[str, Any]] = {}
     for path in sorted(run.glob("epochs/*/journal.log")):
         for line in path.read_text(errors="replace").split("\n")[:-1]:  # the last one is torn, or empty
             if '"event":"committed"' in line:
                 outcome = json.loads(line.partition(" ")[2])["outcome"]
                 assert outcome["child"] not in found, f"child {outcome['child']} is committed twice"
-                found[outcome["child"]] = outcome["attempt"]
+                found[outcome["child"]] = outcome
     return found
 
 

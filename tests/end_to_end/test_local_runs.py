@@ -78,6 +78,49 @@ def test_kill_worker(undisturbed: Path, tmp_path: Path, kind: str) -> None:
     harness.assert_gone(run)
 
 
+def test_killed_trainers_leave_checkpoints_that_others_go_on_from(undisturbed: Path, tmp_path: Path) -> None:
+    """A checkpoint after every batch; the run, and each child that was interrupted, ends as if nothing had been."""
+    run = tmp_path / "run"
+    process = harness.start(harness.write_config(tmp_path, cluster={"checkpoint_min": 1e-9}), run)
+
+    def kill_one() -> bool:
+        """The trainer of a child that has a checkpoint, and no outcome yet."""
+        known = harness.committed(run)
+        begun = [path for path in run.glob("children/*/*/*/checkpoint-*") if int(path.parts[-3]) not in known]
+        return any([harness.kill(pid) for pid in harness.pids(run, "trainer")]) if begun else process.poll() is not None
+
+    for target in (0, 3, 6, 9):
+        harness.wait_for_outcomes(run, target, process)
+        harness.wait_for(kill_one, "a checkpoint")
+        harness.assert_sound_now(run, process)
+    code, _, err = harness.finish(process)
+    assert code == 0, err
+    harness.assert_sound(run)
+    assert harness.front(run) == harness.front(undisturbed)
+    assert any(0 < outcome.get("resumed", 0) < 1 for outcome in harness.outcomes(run).values())
+    harness.assert_gone(run)
+
+
+def test_workers_that_are_signalled_save_their_children(tmp_path: Path) -> None:
+    """In a run that takes no checkpoint otherwise. Trainers are signalled too, as Slurm does."""
+    run = tmp_path / "run"
+    long = {"initial_epochs": 40, "epochs": 1, "distill_epochs": 1}
+    config = harness.write_config(
+        tmp_path, cluster={"checkpoint_min": 0}, training=long, search={"children": 1, "accepted": 1}
+    )
+    process = harness.start(config, run)
+    harness.wait_for(lambda: any('"epoch":2' in path.read_text() for path in run.glob("workers/*/done.log")), "epochs")
+    for kind in ("trainer", "supervisor"):
+        for pid in harness.pids(run, kind):
+            harness.kill(pid, signal.SIGTERM)
+    code, _, err = harness.finish(process)
+    assert code == 0, err
+    assert any(0 < outcome.get("resumed", 0) < 1 for outcome in harness.outcomes(run).values())
+    assert harness.status(run)["attempts_lost"].get("crash", 0) == 0
+    harness.assert_sound(run)
+    harness.assert_gone(run)
+
+
 def test_ctrl_c_and_on(undisturbed: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group; it ends within 5 s with code 3, and the same command goes on."""
     run, config = tmp_path / "run", harness.write_config(tmp_path)

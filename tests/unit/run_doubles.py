@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from lemonade_hpc import config as configs
 from lemonade_hpc import files
 from lemonade_hpc.config import Config
 from lemonade_hpc.data import DataSet, Part
-from lemonade_hpc.run import backends, coordinator, lease, owner, record, session, worker
+from lemonade_hpc.run import backends, coordinator, crew, lease, owner, record, session, worker
 from lemonade_hpc.run.log import Message
 from lemonade_hpc.run.record import History
 from lemonade_hpc.search import evolution
@@ -94,6 +94,7 @@ class FakeTrainer:
         self.messages: list[Message] = [{"ready": "fake"}]
         self.death: str | None = None
         self.killed = False
+        self.num_saves = 0
 
     def send(self, task: Message) -> None:
         word = self.behave(task)
@@ -110,6 +111,9 @@ class FakeTrainer:
         elif word != "hang":
             self.messages += [{"child": task["child"], "epoch": 1}] * PROGRESS + [outcome(task, self.run)]
 
+    def save(self) -> None:
+        self.num_saves += 1
+
     def poll(self) -> list[Message]:
         messages, self.messages = self.messages, []
         return messages
@@ -124,7 +128,8 @@ class FakeTrainer:
 class FakeBackend:
     """Real workers with fake trainers, in this process. `seed` shuffles who works when; `die` is a kill -9."""
 
-    lasting = False
+    lasting = excludes = False
+    gpus = 0
 
     def __init__(self, run: Path, behave: Behave = lambda task: None, seed: int | None = None) -> None:
         self.run, self.behave = run, behave
@@ -136,7 +141,7 @@ class FakeBackend:
     def room(self) -> int:
         return 100
 
-    def launch(self, names: Sequence[str]) -> None:
+    def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
         for name in names:
             self.workers[name] = worker.Worker(
                 self.run, name, lambda epoch: FakeTrainer(self.run, lambda t: self.behave(t))
@@ -150,6 +155,9 @@ class FakeBackend:
 
     def alive(self, name: str) -> bool:
         return name in self.workers
+
+    def ended(self, name: str) -> str | None:
+        return "died"
 
     def last_output(self, name: str) -> str:
         return "the last that it wrote"
@@ -269,6 +277,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     Nothing is forced to the disk: what is on it after a crash of this process is the same.
     """
     patch.setattr(os, "fsync", lambda handle: None)
-    patch.setattr(coordinator, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
+    for module in (coordinator, crew):
+        patch.setattr(module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
     patch.setattr(session.data_sets, "load", lambda data: images())
     patch.setattr(owner, "judge", lambda who: "gone")

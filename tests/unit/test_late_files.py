@@ -272,7 +272,7 @@ def running(run: Path) -> tuple[coordinator.Coordinator, doubles.FakeBackend, Me
     made = doubles.start(run, settings, backend)
     for _ in range(3):
         made._turn()
-    (handle,) = made._handles.values()
+    (handle,) = made._crew.handles.values()
     return made, backend, next(iter(handle.tasks.values()))
 
 
@@ -308,7 +308,7 @@ def test_an_outcome_waits_for_its_weights(run: Path, clock: Clock, comes: bool) 
 @pytest.mark.parametrize("spoke", [True, False])
 def test_the_last_words_of_a_worker_that_has_died_are_waited_for(run: Path, clock: Clock, spoke: bool) -> None:
     made, backend, task = running(run)
-    log = run / files.done_log(next(iter(made._handles)))
+    log = run / files.done_log(next(iter(made._crew.handles)))
     before = log.read_bytes()
     report(backend, doubles.outcome(task, run))
     after = log.read_bytes()
@@ -317,7 +317,7 @@ def test_the_last_words_of_a_worker_that_has_died_are_waited_for(run: Path, cloc
     for _ in range(33):
         made._turn()
         clock.now += 2
-    assert len(made._handles) == 1 and losses(made) == 0
+    assert len(made._crew.handles) == 1 and losses(made) == 0
     if spoke:
         log.write_bytes(after)
     clock.now += 2
@@ -329,7 +329,7 @@ def test_the_last_words_of_a_worker_that_has_died_are_waited_for(run: Path, cloc
 
 def test_reports_of_which_only_the_size_is_seen_are_no_damaged_ones(run: Path, clock: Clock) -> None:
     made, backend, task = running(run)
-    handle = next(iter(made._handles.values()))
+    handle = next(iter(made._crew.handles.values()))
     path = run / files.done_log(handle.name)
     before = path.read_bytes()
     report(backend, doubles.outcome(task, run))
@@ -390,7 +390,7 @@ def test_a_parents_weights_that_are_late_are_waited_for(run: Path, clock: Clock,
 def left(run: Path) -> Path:
     """A run whose coordinator was killed, with some commits, on another machine."""
     made, _, _ = running(run)
-    made._journal.close()
+    made._ledger.close()
     move_owner(run)
     return run
 
@@ -452,8 +452,13 @@ def test_a_coordinator_that_is_alive_elsewhere_is_not_followed(left: Path, clock
     assert files.epochs(left) == before and clock.slept < 3 * BOUND_S
 
 
-def test_a_predecessor_is_not_waited_for_where_there_is_no_need(left: Path, clock: Clock) -> None:
-    assert settle(left, take_over=False) == []  # it is refused
+def test_a_predecessor_is_not_waited_for_where_there_is_no_need(
+    left: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(lease.Held, match="cannot be told from here"):
+        patch.setattr(lease.slurm, "judge", lambda who: "unknown")
+        settle(left, take_over=False)
+    assert clock.slept == 0
     assert settle(left, 0) != [] and clock.slept < 10  # a coherent file system: two beats
     clock.slept = 0
     path = left / files.owner(1)

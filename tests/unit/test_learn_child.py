@@ -106,7 +106,7 @@ def weights_of(lab: Lab, outcome: Task) -> Weights:
 
 def test_an_initial_network_is_trained_and_stored(lab: Lab) -> None:
     epochs: list[int] = []
-    outcome = child.train_child(lab, ROOT, epochs.append)
+    outcome = child.train_child(lab, ROOT, child.Line(epoch=epochs.append))
     assert epochs == [1, 2, 3, 4, 5, 6, 7, 8]
     assert outcome.keys() == {
         "child", "attempt", "digest", "objectives", "receipt", "weights", "wall_s", "device"
@@ -417,9 +417,9 @@ def test_a_trainer_that_cannot_start_says_why_and_ends_with_1(tmp_path: Path) ->
 
 def test_output_of_libraries_does_not_reach_the_protocol(folder: tuple[Path, Path]) -> None:
     code = (
-        "import sys; from lemonade_hpc.learn import child; load = child.data_sets.load\n"
+        "import sys; from lemonade_hpc import data; from lemonade_hpc.learn import child; load = data.load\n"
         "def noisy(wanted): print('a library talks'); return load(wanted)\n"
-        "child.data_sets.load = noisy; child.main(*sys.argv[1:])"
+        "data.load = noisy; child.main(*sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *map(str, folder)]
     done = subprocess.run(command, input="", capture_output=True, text=True, timeout=60)

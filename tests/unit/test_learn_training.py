@@ -15,7 +15,7 @@ from torch import Tensor
 from lemonade_hpc import config, data
 from lemonade_hpc.learn import training, transfer
 from lemonade_hpc.learn.network import Network, build
-from lemonade_hpc.learn.training import Batch, Diverged, Images
+from lemonade_hpc.learn.training import Batch, Diverged, Images, Moment
 from lemonade_hpc.search.graph import Graph, chain
 from lemonade_hpc.search.ops import Add, BatchNorm, Conv, GlobalPool, Input, Linear, ReLU, Signature
 
@@ -275,6 +275,31 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
             network(), some_images(), settings(), epochs=3, lr=0.1, stream=(0,),
             loss_of=lambda logits, batch: logits.sum() + next(late),
         )  # fmt: skip
+
+
+def test_a_loss_that_was_not_finite_before_an_interruption_still_ends_the_training() -> None:
+    moments: list[Moment] = []
+    given = {"epochs": 2, "lr": 0.1, "stream": (0,)}
+    losses = iter([nan, 0.0, 0.0])
+    with pytest.raises(Diverged):
+        training.fit(
+            network(), some_images(), settings(), **given, watch=moments.append,
+            loss_of=lambda logits, batch: logits.sum() + next(losses),
+        )  # fmt: skip
+    assert [(moment.epoch, moment.batch) for moment in moments] == [(0, 1), (0, 2)]
+    with pytest.raises(Diverged, match="in epoch 1 of 2"):
+        training.fit(
+            network(), some_images(), settings(), **given, begin=moments[0],
+            loss_of=lambda logits, batch: logits.sum(),
+        )  # fmt: skip
+
+
+def test_a_watch_sees_every_moment_between_two_batches_and_the_end_of_an_epoch_as_the_next_ones_beginning() -> None:
+    moments: list[Moment] = []
+    training.fit(network(), some_images(), settings(), epochs=2, lr=0.1, stream=(0,), watch=moments.append)
+    assert [(moment.epoch, moment.batch) for moment in moments] == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    assert [moment.rng is None for moment in moments] == [moment.total is None for moment in moments]
+    assert [moment.rng is None for moment in moments] == [False, False, True, False, False, True]
 
 
 def test_answers_that_are_not_finite_have_no_error() -> None:

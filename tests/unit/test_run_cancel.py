@@ -86,14 +86,14 @@ def test_the_jobs_of_this_run_that_have_not_ended_are_cancelled(run: Path, monke
     monkeypatch.setattr(slurm, "ask", ask)
     held_by(run, {}, "slurm")
     assert cancel.cancel(run) == ["job 7_0", "job 7_2"]
-    assert asked[1:] == [("scancel", "7_0", "7_2")]
+    assert asked[0][:2] == ("scancel", "--me") and asked[2:] == [("scancel", "7_0", "7_2")]
 
 
 @pytest.mark.parametrize("silent", ["squeue", "scancel"])
 def test_a_slurm_that_does_not_answer_is_told(run: Path, monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
     name = f"lemonade-{json.loads((run / files.RUN).read_text())['run'][:8]}-e1w00"
     answers = {"squeue": f"7|{name}|RUNNING\n", "scancel": ""}
-    monkeypatch.setattr(slurm, "ask", lambda command, *rest: None if command == silent else answers[command])
+    monkeypatch.setattr(slurm, "ask", lambda command, *rest: None if command == silent else answers.get(command))
     held_by(run, {}, "slurm")
     with pytest.raises(ConfigError, match=f"{silent} .*try again later"):
         cancel.cancel(run)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import budgets, coordinator, population, record, status
+from lemonade_hpc.run import budgets, coordinator, crew, population, record, status
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.log import LogWriter, Message
@@ -121,7 +122,7 @@ def test_a_worker_starts_for_every_child_that_waits_and_only_for_these(
     settings = doubles.config(search={"mode": mode}, cluster={"workers": workers})
     made, backend, *_ = running(run, settings)
     assert len(made.history.state.in_flight) == 3 and sorted(backend.workers) == [f"e1w{k:02d}" for k in range(started)]
-    assert [len(handle.tasks) for handle in made._handles.values()] == [1] * started
+    assert [len(handle.tasks) for handle in made._crew.handles.values()] == [1] * started
     made.close()
 
 
@@ -129,8 +130,8 @@ def test_a_worker_that_still_waits_for_a_machine_holds_no_child_up(run: Path) ->
     """Two of four are never heard of: the others train everything."""
 
     class HalfPending(doubles.FakeBackend):
-        def launch(self, names: Sequence[str]) -> None:
-            super().launch([name for name in names if name in ("e1w00", "e1w01")])
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            super().launch([name for name in names if name in ("e1w00", "e1w01")], avoid)
 
         def alive(self, name: str) -> bool:
             return True
@@ -214,7 +215,7 @@ def test_a_child_that_has_used_up_its_budget_is_not_tried_by_the_next_coordinato
     made._commit = lambda: real() if lost(run, settings).count((4, "crash")) < 3 else False  # type: ignore[method-assign]
     for _ in range(60):
         made._turn()
-    made._journal.close()  # killed
+    made._ledger.close()  # killed
     assert lost(run, settings).count((4, "crash")) == 3 and 4 in made.history.state.in_flight
     history = doubles.search(run, settings)
     assert history.state.complete and [one["child"] for one in history.failures] == [4]
@@ -229,8 +230,8 @@ def test_workers_that_died_with_the_coordinator_before_are_no_misfortune(run: Pa
     made = doubles.start(run, many, doubles.FakeBackend(run, lambda task: "hang" if task["child"] > 3 else None))
     for _ in range(30):
         made._turn()
-    assert len(made._handles) == 16
-    made._journal.close()  # killed, and every worker with it
+    assert len(made._crew.handles) == 16
+    made._ledger.close()  # killed, and every worker with it
     notes = doubles.Notes()
     few = doubles.config(search={"mode": "steady_state"}, cluster={"workers": 1})
     assert doubles.search(run, few, notes=notes).state.complete
@@ -316,7 +317,7 @@ def test_a_worker_that_leaves_gives_its_children_back(run: Path) -> None:
     notes = doubles.Notes()
     history = doubles.search(run, SETTINGS, backend=backend, notes=notes)
     assert history.state.num_failed == 0
-    assert (4, "stopped") in lost(run) and {kind for _, kind in lost(run)} == {"stopped"}
+    assert (4, "worker") in lost(run) and {kind for _, kind in lost(run)} == {"worker", "stopped"}
     (note,) = notes.notes
     assert note.endswith("left its children: signalled")
 
@@ -334,7 +335,7 @@ def test_workers_that_leave_in_a_row_with_nothing_done_end_the_run(run: Path) ->
     backend.step = step_and_signal  # type: ignore[method-assign]
     with pytest.raises(RunFailed, match=r"7 workers in a row ended.* left its children: signalled"):
         doubles.search(run, SETTINGS, backend=backend)
-    assert {kind for _, kind in lost(run)} == {"stopped"}
+    assert {kind for _, kind in lost(run)} == {"worker", "stopped"}
 
 
 # ---------------------------------------------------------------- the run cannot go on
@@ -365,7 +366,7 @@ def test_unfit_workers_now_and_then_do_not(run: Path) -> None:
 
 def test_workers_that_die_in_a_row_end_the_run(run: Path) -> None:
     class Stillborn(doubles.FakeBackend):
-        def launch(self, name: str) -> None:
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
             pass
 
     with pytest.raises(RunFailed, match=r"7 workers in a row .* The last: worker e1w\d\d died"):
@@ -440,11 +441,11 @@ def test_what_else_a_worker_said_before_its_disk_was_full_is_not_lost(run: Path)
     for _ in range(3):
         made._turn()
     (name,) = backend.workers
-    key, task = next(iter(made._handles[name].tasks.items()))
+    key, task = next(iter(made._crew.handles[name].tasks.items()))
     told = doubles.outcome(task, run)
     backend.workers[name]._done.append([{"say": "storage", "reason": "full"}, {"say": "outcome", "outcome": told}])
     with pytest.raises(Stopped, match="cannot write: full"):
-        made._hear(made._handles[name])
+        made._crew._hear(made._crew.handles[name])
     made.close()
     assert key[0] in [outcome["child"] for outcome in committed(run)]
 
@@ -460,7 +461,7 @@ def running(
     made = doubles.start(run, settings, backend)
     for _ in range(3):
         made._turn()
-    handle = made._handles["e1w00"]
+    handle = made._crew.handles["e1w00"]
     return made, backend, handle, next(iter(handle.tasks.values()))
 
 
@@ -519,7 +520,7 @@ def test_a_worker_that_was_given_up_is_told_to_leave(run: Path) -> None:
     made, backend, handle, _ = running(run)
     zombie = backend.workers.pop(handle.name)
     made._turn()
-    assert handle.name not in made._handles
+    assert handle.name not in made._crew.handles
     assert not zombie.step()
     made.close()
 
@@ -548,7 +549,7 @@ def test_a_worker_with_a_damaged_report_is_ended_and_its_children_go_elsewhere(r
         file.write(b"0123456789abcdef {}\n")
     notes = made._observer
     made._turn()
-    assert backend.killed == [handle.name] and handle.name not in made._handles
+    assert backend.killed == [handle.name] and handle.name not in made._crew.handles
     assert "a damaged message in" in notes.notes[0]
     assert (task["child"], "worker") in lost(run)
     made.close()
@@ -685,7 +686,7 @@ def test_a_damaged_copy_of_the_journal_is_mended_with_a_note(run: Path, which: i
 
 def test_what_killed_coordinators_left_behind_is_removed(run: Path) -> None:
     made, *_ = running(run)
-    made._journal.close()  # killed
+    made._ledger.close()  # killed
     junk = [
         "epochs/.tmp-abc/owner.json", "epochs/000001/.tmp-journal.log-7", "state/.tmp-children.h5-7",
         ".tmp-population-7", "state/children-000000-000009.e1.h5", "population.e0.h5",
@@ -786,20 +787,21 @@ def test_one_that_wakes_before_it_deletes_deletes_nothing(run: Path, step: str) 
     doubles.assert_sound(run)
 
 
-@pytest.mark.parametrize("step", ["_commit", "_retire", "_ask", "_dispatch", "_write", "_seal"])
+@pytest.mark.parametrize("step", ["_commit", "_crew.retire", "_ask", "_dispatch", "_ledger.write", "_seal"])
 def test_one_that_wakes_in_the_middle_of_a_turn_changes_nothing_that_counts(run: Path, step: str) -> None:
     """It writes into its own dead epoch at most; the successor's run is as if nothing had happened."""
     old, backend, handle, task = running(run)
     report(backend, handle, doubles.outcome(task, run))
-    real = getattr(old, step)
+    owner = attrgetter(step.rpartition(".")[0])(old) if "." in step else old
+    real = getattr(owner, step.rpartition(".")[2])
     taken: list[coordinator.Coordinator] = []
 
-    def paused() -> Any:
+    def paused(*arguments: Any) -> Any:
         if not taken:
             taken.append(doubles.start(run, SETTINGS, doubles.FakeBackend(run)))
-        return real()
+        return real(*arguments)
 
-    setattr(old, step, paused)
+    setattr(owner, step.rpartition(".")[2], paused)
     with pytest.raises(Stopped):
         old.search()
     old.close()
@@ -814,7 +816,7 @@ def test_one_that_is_superseded_while_it_stops_its_workers_does_not_kill_them(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, backend, *_ = running(run)
-    monkeypatch.setattr(coordinator, "STOP_S", 0.2)
+    monkeypatch.setattr(crew, "STOP_S", 0.2)
     taken: list[coordinator.Coordinator] = []
 
     def step() -> None:
@@ -829,7 +831,7 @@ def test_one_that_is_superseded_while_it_stops_its_workers_does_not_kill_them(
 
 def test_living_workers_are_adopted_with_their_children(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, backend, handle, task = running(run)
-    made._journal.close()  # killed; its workers live on
+    made._ledger.close()  # killed; its workers live on
     successor = doubles.FakeBackend(run)
     successor.workers = backend.workers
     backend.behave = lambda task: None
@@ -848,7 +850,7 @@ def test_living_workers_are_adopted_with_their_children(run: Path, monkeypatch: 
 
 def test_what_a_dead_worker_reported_last_still_counts(run: Path) -> None:
     made, backend, handle, task = running(run)
-    made._journal.close()
+    made._ledger.close()
     report(backend, handle, doubles.outcome(task, run))  # nobody heard it
     doubles.search(run, SETTINGS)
     told = next(outcome for outcome in committed(run) if outcome["child"] == task["child"])
@@ -909,7 +911,7 @@ def test_outcomes_that_come_while_it_stops_are_committed(run: Path) -> None:
 
 def test_workers_that_do_not_leave_in_time_are_ended(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, backend, *_ = running(run)
-    monkeypatch.setattr(coordinator, "STOP_S", 0.05)
+    monkeypatch.setattr(crew, "STOP_S", 0.05)
     names = sorted(backend.workers)
     backend.step = lambda: None
     made.close()
@@ -930,7 +932,7 @@ def test_a_disk_that_is_full_at_the_end_too_loses_nothing_that_was_recorded(
 
     with monkeypatch.context() as patch:
         patch.setattr(LogWriter, "append_texts", full)
-        patch.setattr(coordinator, "STOP_S", 0.05)
+        patch.setattr(crew, "STOP_S", 0.05)
         with pytest.raises(OSError, match="No space left"):
             made._turn()
         made.close()
@@ -943,7 +945,7 @@ def test_a_disk_that_is_full_at_the_end_too_loses_nothing_that_was_recorded(
 def test_a_task_holds_what_a_worker_must_know(run: Path) -> None:
     history = doubles.search(run, doubles.config(search={"mode": "steady_state"}, storage={"keep": "all"}))
     made = doubles.start(run, doubles.config(search={"mode": "steady_state", "children": 20}), doubles.FakeBackend(run))
-    made._ask()
+    made._ask(2)
     number, child = next(iter(made.history.state.in_flight.items()))
     task = record.task(made.history, number, "e2a1")
     assert (task["child"], task["attempt"], task["digest"]) == (number, "e2a1", child.digest)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import coordinator, lease, status
+from lemonade_hpc.run import crew, lease, status
 from lemonade_hpc.run.coordinator import Stopped
 from lemonade_hpc.run.log import LogWriter
 
@@ -49,7 +49,7 @@ def behave(task: dict[str, Any]) -> str | None:
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     doubles.install(monkeypatch)
-    monkeypatch.setattr(coordinator, "STOP_S", 0.02)
+    monkeypatch.setattr(crew, "STOP_S", 0.02)
     monkeypatch.setattr(doubles, "PROGRESS", False)
 
 

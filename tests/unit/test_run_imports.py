@@ -8,8 +8,8 @@ import sys
 import pytest
 
 RING = [
-    "coordinator", "worker", "session", "backends", "budgets", "cancel", "handle", "journal", "lease", "leftovers",
-    "log", "owner", "population", "record", "slurm", "status", "store", "verify",
+    "coordinator", "worker", "session", "backends", "budgets", "cancel", "chain", "crew", "handle", "journal", "lease",
+    "ledger", "leftovers", "log", "owner", "population", "record", "slurm", "status", "store", "trainers", "verify",
 ]  # fmt: skip
 HEAVY = ("torch", "torchvision", "submitit", "sklearn", "matplotlib", "lemonade_hpc.learn")
 

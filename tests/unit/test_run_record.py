@@ -119,12 +119,15 @@ def test_attempts_are_counted_by_how_they_were_lost() -> None:
     _, events = straight(settings, lambda number: False)
     history = History(doubles.problem(settings))
     history.apply(events[0])
+    history.apply({"event": "launched", "workers": ["w"], "gpus": 1})
     for attempt, kind in (("a1", "crash"), ("a2", "stopped"), ("a3", None)):
         history.apply({"event": "attempt", "child": 1, "attempt": attempt, "worker": "w"})
         if kind:
-            history.apply({"event": "lost", "child": 1, "attempt": attempt, "kind": kind, "reason": ""})
+            told = {"kind": kind, "reason": "", "seconds": 1.5, "done": 0.0}
+            history.apply({"event": "lost", "child": 1, "attempt": attempt, **told})
     assert [one.lost for one in history.attempts[1]] == ["crash", "stopped", None]
-    assert history.num_lost == {"crash": 1, "worker": 0, "stopped": 1}
+    assert history.num_lost == {"crash": 1, "walltime": 0, "worker": 0, "stopped": 1}
+    assert history.usage.wasted == 3.0
 
 
 def test_children_are_sealed_in_order_once_all_are_finished() -> None:

@@ -39,13 +39,21 @@ class Queue:
         self.asked: list[tuple[str, ...]] = []
         self.now = 1000.0
         self.down = False
+        self.max_array, self.reason = 1001, "None"
         self.sbatch = bin / "sbatch"
 
     def ask(self, *command: str) -> str | None:
         self.asked.append(command)
         if self.down:
             return None
-        return "".join(f"{job}|{name}|{state}\n" for job, (name, state) in self.jobs.items())
+        if command[:3] == ("scontrol", "show", "config"):
+            return f"MaxArraySize            = {self.max_array}\n"
+        return "".join(f"{job}|{name}|{state}|{self.reason}\n" for job, (name, state) in self.jobs.items())
+
+    @property
+    def queries(self) -> list[tuple[str, ...]]:
+        """Status calls, whatever each took."""
+        return [command for command in self.asked if command[0] == "squeue"]
 
     def says(self, text: str) -> None:
         """What sbatch refuses with."""
@@ -168,7 +176,7 @@ def test_a_refused_submission_ends_the_run_in_slurms_words(
 def test_a_launch_is_one_call_and_the_next_waits(run: Path, queue: Queue) -> None:
     one, _ = backend(run, max_array=3)
     assert one.room() == 3
-    one.launch(["w0", "w1", "w2"])
+    one.launch(["w0", "w1", "w2"], [])
     assert len(Path(f"{queue.sbatch}.calls").read_text().splitlines()) == 1
     queue.now += 9
     assert one.room() == 0
@@ -184,7 +192,7 @@ def test_a_submission_that_timed_out_though_it_was_accepted_is_found_and_given_i
 ) -> None:
     queue.says("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     one, notes = backend(run)
-    one.launch(["w0", "w1"])
+    one.launch(["w0", "w1"], [])
     assert len(notes) == 1 and "Socket timed out" in notes[0]
     queue.jobs = {f"99_{k}": ("lemonade-01234567-w0", "PENDING") for k in range(2)}
     turns(one, queue, 300)
@@ -195,7 +203,7 @@ def test_a_submission_that_timed_out_though_it_was_accepted_is_found_and_given_i
 def test_a_submission_that_timed_out_and_was_not_accepted_is_given_up(run: Path, queue: Queue) -> None:
     queue.says("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     one, _ = backend(run)
-    one.launch(["w0"])
+    one.launch(["w0"], [])
     turns(one, queue, 59)
     assert one.alive("w0")  # seen missing once
     turns(one, queue, 62)
@@ -210,6 +218,145 @@ def test_what_another_coordinator_submitted_is_found_by_name(run: Path, queue: Q
     assert one.alive("w1")
     one.kill("w1")
     assert queue.asked[-1] == ("scancel", "5_1")
+
+
+def test_an_array_is_no_larger_than_the_site_takes(run: Path, queue: Queue) -> None:
+    queue.max_array = 10
+    one, _ = backend(run)
+    assert one.room() == 10 and one.room() == 10
+    assert len(queue.asked) == 1
+    queue.down = True
+    assert backend(run, max_array=7)[0].room() == 7
+
+
+def test_a_reason_to_wait_that_does_not_pass_is_told_once(run: Path, queue: Queue) -> None:
+    one, notes = backend(run)
+    one.adopt("w0", "w0", 0)
+    queue.jobs = {"5": ("lemonade-01234567-w0", "PENDING")}
+    for reason in (
+        "Resources",
+        "Priority",
+        "ReqNodeNotAvail, UnavailableNodes:n1",
+        "PartitionTimeLimit",
+        "JobHeldUser",
+    ):
+        queue.reason = reason
+        turns(one, queue, 200)
+    assert notes == [
+        f"job 5 waits for a reason that does not pass by itself: {reason}"
+        for reason in ("PartitionTimeLimit", "JobHeldUser")
+    ]
+
+
+# ---------------------------------------------------------------- sources
+
+
+ONELINE = (
+    "JobId=78 ArrayJobId=77 ArrayTaskId=3 JobName=lemonade-01234567-w0 UserId=u(1000) JobState=RUNNING Reason=None\n"
+    "JobId=79 JobName=lemonade-01234567-w9 UserId=u(1000) JobState=PENDING Reason=Priority\nrubbish\n\n"
+)
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, **said: str | None) -> list[str]:
+    """Have each command of Slurm say this, or fail."""
+    asked: list[str] = []
+
+    def ask(*command: str) -> str | None:
+        asked.append(command[0])
+        return said.get(command[0])
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    return asked
+
+
+def test_scontrol_answers_where_squeue_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answers(monkeypatch, scontrol=ONELINE)
+    answer = slurm.jobs_of("0123456789")
+    assert answer is not None and answer.all and asked == ["squeue", "scontrol"]
+    assert answer.jobs == {
+        ("w0", 3): slurm.Job("77_3", "RUNNING", "None"), ("w9", 0): slurm.Job("79", "PENDING", "Priority"),
+    }  # fmt: skip
+
+
+def test_sacct_knows_what_the_queue_has_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But what it does not know may be too young for it."""
+    past = "77_3|lemonade-01234567-w0|CANCELLED by 1000\n77_4|lemonade-01234567-w0|NODE_FAIL\ngarbage\n"
+    answers(monkeypatch, squeue="77_3|lemonade-01234567-w0|RUNNING|None\n", sacct=past)
+    answer = slurm.jobs_of("0123456789", [("w0", 3), ("w0", 4)])
+    assert answer is not None and answer.all
+    assert {place: job.state for place, job in answer.jobs.items()} == {("w0", 3): "RUNNING", ("w0", 4): "NODE_FAIL"}
+    answers(monkeypatch, sacct=past)
+    answer = slurm.jobs_of("0123456789", [("w0", 3)])
+    assert answer is not None and not answer.all and answer.jobs["w0", 3].state == "CANCELLED"
+
+
+def test_where_nobody_answers_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answers(monkeypatch)
+    assert slurm.jobs_of("0123456789", [("w0", 3)]) is None and asked == ["squeue", "scontrol", "sacct"]
+
+
+def test_a_job_that_only_sacct_might_know_is_not_given_up(run: Path, queue: Queue, monkeypatch: Any) -> None:
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    answers(monkeypatch, sacct="")
+    turns(one, queue, 5000)
+    assert one.alive("w0")
+
+
+@pytest.mark.parametrize(
+    ("state", "how"),
+    [("PREEMPTED", "preempted"), ("NODE_FAIL", "node failure"), ("TIMEOUT", "time limit"), ("CANCELLED", "cancelled"),
+     ("OUT_OF_MEMORY", "out of memory"), ("FAILED", "died"), ("COMPLETED", "completed")],
+)  # fmt: skip
+def test_how_a_worker_ended_is_asked_of_slurm(run: Path, queue: Queue, state: str, how: str) -> None:
+    """It has said that it leaves, so one look at its job's end is enough."""
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    one.heard("w0", HELLO)
+    queue.jobs = {"5": ("lemonade-01234567-w0", "COMPLETING")}
+    assert one.ended("w0") is None
+    turns(one, queue, 61)
+    assert one.ended("w0") is None
+    queue.jobs = {"5": ("lemonade-01234567-w0", state)}
+    turns(one, queue, 61)
+    assert one.ended("w0") == how
+    queue.asked.clear()
+    one.heard("w0", HELLO)
+    turns(one, queue, 100)
+    assert queue.asked == []
+
+
+def test_a_successor_waits_before_its_first_calls(run: Path, queue: Queue) -> None:
+    """The coordinator before may have called a moment ago."""
+    one = slurm.SlurmBackend(run, "0123456789abcdef", cluster(), [].append, first=False)
+    one.adopt("w0", "w0", 0)
+    assert one.room() == 0
+    turns(one, queue, 59)
+    assert queue.queries == [] and one.room() > 0
+    turns(one, queue, 2)
+    assert len(queue.queries) == 1
+
+
+@pytest.mark.parametrize(
+    ("gres", "expected"),
+    [(None, 3), ("gpu:2", 2), ("gpu:a100:4", 4), ("gpu:a100", 1), ("gpu", 1), ("shard:8", 0), ("mps:1,gpu:h100:2", 2)],
+)
+def test_gpus_are_counted_from_what_is_asked_for(gres: str | None, expected: int) -> None:
+    assert slurm.gpus_of(cluster(gpus_per_worker=3, gres=gres)) == expected
+
+
+def test_options_that_a_site_does_not_take_are_left_out(tmp_path: Path) -> None:
+    text = slurm.script(cluster(skip=("mem", "gres", "cpus-per-task", "no-requeue")), "some-name", tmp_path)
+    for option in ("mem", "gres", "cpus-per-task", "no-requeue"):
+        assert f"--{option}" not in text
+    with pytest.raises(ConfigError, match=r"cluster.skip"):
+        configs.from_dict({"data": {"name": "digits"}, "cluster": {"skip": ["time"]}}, "test")
+
+
+def test_reservation_and_nodes_to_avoid_are_asked_for(tmp_path: Path) -> None:
+    settings = cluster(reservation="course", exclude="n7")
+    assert slurm.parameters(settings, "x", ["n9", "n3"])["exclude"] == "n7,n3,n9"
+    assert "#SBATCH --reservation=course" in slurm.script(settings, "some-name", tmp_path)
 
 
 # ---------------------------------------------------------------- lives
@@ -273,19 +420,19 @@ def test_slurm_is_asked_once_a_minute_at_most_and_never_while_all_speak(run: Pat
         one.adopt(name, "w0", k)
     queue.jobs = {f"5_{k}": ("lemonade-01234567-w0", "PENDING") for k in range(50)}
     turns(one, queue, 3600)
-    assert len(queue.asked) == 60
+    assert len(queue.queries) == 60
     for _ in range(600):
         for name in names:
             one.heard(name, HELLO)
         turns(one, queue, 1)
-    assert len(queue.asked) == 60
+    assert len(queue.queries) == 60
 
 
 def test_nobody_asks_after_those_that_are_known_to_be_gone(run: Path, queue: Queue) -> None:
     one, _ = backend(run)
     one.adopt("w0", "w0", 0)
     turns(one, queue, 600)
-    assert len(queue.asked) == 2 and not one.alive("w0")
+    assert len(queue.queries) == 2 and not one.alive("w0")
 
 
 def test_jobs_of_others_are_not_ours(run: Path, queue: Queue) -> None:

@@ -206,7 +206,7 @@ def test_too_many_attempts_are_found(run: Path) -> None:
     forge(run, editing("epoch", lambda e: True, lambda e: e.update(retries=0)))
     forge(run, editing("epoch", lambda e: True, lambda e: e.update(retries=0)), epoch=2)
     assert faults(run) == {}  # one crash is within the budget even so: it was the last one allowed
-    lost = {"event": "lost", "child": 6, "attempt": "e1a9", "kind": "crash", "reason": ""}
+    lost = {"event": "lost", "child": 6, "attempt": "e1a9", "kind": "crash", "reason": "", "done": 0.0}
     header = {"event": "epoch", "retries": 0}
     assert list(verify._attempts([header, lost])) == []
     assert list(verify._attempts([header, lost, lost])) == ["child 6 lost 2 attempts to crash; allowed are 1"]
@@ -287,7 +287,19 @@ def test_what_cannot_be_read_at_all_is_an_error(run: Path) -> None:
 
 def test_every_planted_event_kind_is_known(run: Path) -> None:
     kinds = {event["event"] for event in doubles.events(run, SETTINGS)}
-    assert kinds == {"epoch", "launched", "asked", "attempt", "lost", "committed", "left", "sealed", "complete"}
+    assert kinds == {
+        "epoch",
+        "launched",
+        "joined",
+        "asked",
+        "attempt",
+        "lost",
+        "committed",
+        "left",
+        "sealed",
+        "complete",
+        "closed",
+    }
 
 
 # ---------------------------------------------------------------- status and front
@@ -316,7 +328,9 @@ def test_status_of_a_complete_run(run: Path) -> None:
     assert found["children"] == {
         "budget": 18, "asked": 21, "initial": 3, "committed": 21, "failed": 1, "in_flight": 0,
     }  # fmt: skip
-    assert found["attempts_lost"] == {"crash": 1, "worker": 0, "stopped": 0}
+    assert found["attempts_lost"] == {"crash": 1, "walltime": 0, "worker": 0, "stopped": 0}
+    assert found["workers_left"].keys() <= {"stopped by the coordinator", "died", "signalled"}
+    assert found["usage"]["unit"] == "worker-hours" and found["nodes_excluded"] == {}
     assert found["failures"] == [{"child": 5, **doubles.FAILURE}]
     assert found["workers"] == [] and found["training_s"] == 20 * 0.5
     assert found["hypervolume"]["front"] > found["hypervolume"]["initial"] > 0
@@ -345,7 +359,7 @@ def test_status_of_a_run_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found["children"]["in_flight"] == 5 and found["hypervolume"]["initial"] > 0
         doing = {worker["name"]: worker["doing"] for worker in found["workers"]}
         assert "child 4" in doing.values()
-        assert {(worker["host"], worker["device"]) for worker in found["workers"]} == {
+        assert {(worker["node"], worker["device"]) for worker in found["workers"]} == {
             (owner.identity()["host"], "fake")
         }
         assert doubles.contents(run) == before
@@ -385,11 +399,11 @@ def test_status_of_a_run_whose_owner_cannot_be_read_says_so(run: Path) -> None:
 @pytest.mark.parametrize(
     ("messages", "doing"),
     [
-        ([], "starting"),
+        ([], "ready on cpu"),
         ([{"say": "started", "child": 3, "attempt": "a"}], "child 3"),
         ([{"say": "epoch", "child": 3, "epoch": 2}], "child 3, epoch 2"),
         ([{"say": "outcome", "outcome": {}}], "idle"),
-        ([{"say": "crashed"}], "idle"),
+        ([{"say": "crashed", "child": 3, "attempt": "a"}], "idle"),
         ([{"say": "bye", "reason": "idle"}], "left: idle"),
     ],
 )
@@ -398,8 +412,12 @@ def test_a_workers_last_words(tmp_path: Path, messages: list[dict[str, Any]], do
 
     (tmp_path / files.done_log("w")).parent.mkdir(parents=True)
     with LogWriter(tmp_path / files.done_log("w")) as writer:
-        writer.append([{"say": "hello", "host": "here"}, {"say": "ready", "device": "cpu"}, *messages])
-    assert status._worker(tmp_path, "w") == {"name": "w", "host": "here", "device": "cpu", "doing": doing}
+        writer.append(
+            [{"say": "hello", "node": "here", "at": 0.0}, {"say": "ready", "device": "cpu", "at": 4.5}, *messages]
+        )
+    assert status._worker(tmp_path, "w") == {
+        "name": "w", "node": "here", "device": "cpu", "doing": doing, "lived_s": 4.5, "busy_s": 0.0
+    }  # fmt: skip
 
 
 def test_children_are_those_that_a_figure_shows(run: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import lease, owner, session, worker
+from lemonade_hpc.run import lease, owner, session, trainers, worker
 from lemonade_hpc.run.log import LogReader, LogWriter, Message
-from lemonade_hpc.run.worker import ProcessTrainer, Worker
+from lemonade_hpc.run.trainers import ProcessTrainer
+from lemonade_hpc.run.worker import Worker
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -75,7 +76,9 @@ class Desk:
 
     def heard(self, *kinds: str) -> list[Message]:
         """New reports, of some kinds or all."""
-        return [message for message in self._reader.poll() if not kinds or message["say"] in kinds]
+        told = [message for message in self._reader.poll() if not kinds or message["say"] in kinds]
+        self.at = [message.pop("at") for message in told]
+        return told
 
     def said(self) -> list[str]:
         return [message["say"] for message in self.heard()]
@@ -284,13 +287,147 @@ def test_only_workers_of_slurm_have_a_time_limit(desk: Desk) -> None:
     assert again._ends_at == desk.clock.now + 600 - worker.SPARE_S
 
 
-def test_a_signal_ends_at_once(desk: Desk) -> None:
+def saved(child: int, done: float = 0.5) -> Message:
+    return {"child": child, "attempt": "e1a1", "saved": {"done": done, "epochs": 1.5}}
+
+
+def last_words(desk: Desk) -> list[Message]:
+    """What it said of children, and why it left."""
+    return desk.heard("checkpoint", "returned", "outcome", "crashed", "bye")
+
+
+def test_checkpoints_are_reported(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    desk.steps()
+    desk.trainers[0].messages.append(saved(0, 0.25))
+    assert desk.steps()
+    expected = {"say": "checkpoint", "child": 0, "attempt": "e1a1", "done": 0.25, "epochs": 1.5}
+    assert last_words(desk) == [expected] and desk.trainers[0].num_saves == 0
+
+
+def test_a_signal_ends_a_worker_without_a_child_at_once(desk: Desk) -> None:
+    desk.send(task(0))
+    desk.steps(3)
+    desk.send(task(1))
+    desk.worker.signalled = True
+    assert not desk.worker.step()
+    assert bye(desk) == "signalled" and desk.trainers[0].killed and desk.trainers[0].num_saves == 0
+
+
+def test_a_signal_has_the_child_saved_first(desk: Desk) -> None:
+    """A second signal changes nothing; no other child is begun; the worker goes on hearing and saying that it lives."""
+    desk.words[0] = "hang"
+    desk.send(task(0), task(1))
+    desk.steps()
+    desk.worker.signalled = True
+    assert desk.worker.step() and desk.worker.step() and desk.wait(5)
+    desk.worker.signalled = True
+    assert desk.wait(4.9) and desk.trainers[0].num_saves == 1 and not desk.trainers[0].killed
+    assert desk.heard("alive")
+    desk.trainers[0].messages.append(saved(0))
+    assert not desk.worker.step()
+    desk._reader = LogReader(desk.run / files.done_log(NAME))
+    assert [message["say"] for message in last_words(desk)] == ["checkpoint", "bye"]
+    assert desk.trainers[0].killed and len(desk.trainers) == 1
+
+
+def test_a_checkpoint_that_does_not_come_is_not_waited_for(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    desk.steps()
+    desk.trainers[0].messages.append(saved(0))
+    desk.steps()
+    desk.worker.signalled = True
+    assert desk.worker.step() and desk.wait(worker.SAVE_S - 0.1)  # the one that was taken before is not the one
+    assert not desk.wait(0.2)
+    assert bye(desk) == "signalled" and desk.trainers[0].killed
+
+
+def test_an_outcome_that_comes_instead_of_a_checkpoint_is_reported(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0), task(1))
+    desk.steps()
+    desk.worker.signalled = True
+    assert desk.worker.step()
+    desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
+    assert not desk.worker.step()
+    assert [message["say"] for message in last_words(desk)] == ["outcome", "bye"]
+
+
+def test_a_trainer_that_dies_before_its_checkpoint_is_reported(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0), task(1))
+    desk.steps()
+    desk.worker.signalled = True
+    assert desk.worker.step()
+    desk.trainers[0].death = "killed by SIGKILL"
+    assert not desk.worker.step()
+    assert [message["say"] for message in last_words(desk)] == ["crashed", "bye"] and len(desk.trainers) == 1
+
+
+def test_a_trainer_that_is_not_ready_has_nothing_to_save(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    assert desk.worker.step()
+    assert desk.trainers and not desk.worker._ready
+    desk.worker.signalled = True
+    desk.trainers[0].messages.clear()
+    assert not desk.worker.step()
+    assert desk.trainers[0].num_saves == 0
+
+
+def test_stop_is_obeyed_while_a_checkpoint_is_awaited(desk: Desk) -> None:
     desk.words[0] = "hang"
     desk.send(task(0))
     desk.steps()
     desk.worker.signalled = True
+    assert desk.worker.step()
+    desk.send({"do": "stop"})
     assert not desk.worker.step()
-    assert bye(desk) == "signalled" and desk.trainers[0].killed
+    assert bye(desk) == "stopped by the coordinator"
+
+
+def test_a_child_that_its_time_does_not_suffice_for_is_saved_and_given_back(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.worker._ends_at = desk.clock.now + 100
+    desk.send(task(0), task(1))
+    assert desk.steps() and desk.wait(99) and desk.trainers[0].num_saves == 0
+    assert desk.wait(1) and desk.trainers[0].num_saves == 1
+    desk.worker.signalled = True  # as Slurm does at about that time
+    assert desk.wait(1) and desk.trainers[0].num_saves == 1
+    desk.trainers[0].messages.append(saved(0))
+    assert not desk.worker.step()
+    words = last_words(desk)
+    assert [message["say"] for message in words] == ["checkpoint", "returned", "returned", "bye"]
+    assert [message["child"] for message in words[1:3]] == [0, 1]
+    assert words[-1]["reason"] == "its time is nearly over" and desk.trainers[0].killed
+
+
+def test_a_child_that_cannot_be_saved_in_time_is_not_given_back(desk: Desk) -> None:
+    """It would go from worker to worker for ever."""
+    desk.words[0] = "hang"
+    desk.worker._ends_at = desk.clock.now + 100
+    desk.send(task(0), task(1))
+    assert desk.steps() and desk.wait(100) and not desk.wait(worker.SAVE_S)
+    assert [message.get("child") for message in last_words(desk)] == [1, None]
+
+
+def test_a_long_child_is_begun_where_it_gets_far_enough_to_be_worth_it(desk: Desk) -> None:
+    """The first one took 1,000 s; another that will be saved half-way is begun with 300 s to go, not with 299."""
+    desk.words.update({0: "hang", 1: "hang"})
+    desk.worker._timeout_s = 1e9
+    desk.worker._ends_at = desk.clock.now + 1000 + worker.WORTH_S
+    desk.send(task(0), task(1))
+    desk.steps()
+    desk.clock.now += 1000
+    desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
+    assert desk.steps() and desk.worker._current == task(1)
+    desk.trainers[0].messages.append(doubles.outcome(task(1), desk.run))
+    desk.clock.now += 1
+    desk.send(task(2))
+    assert not desk.steps(3)
+    assert [message["child"] for message in last_words(desk) if message["say"] == "returned"] == [2]
 
 
 def test_a_worker_without_work_leaves(desk: Desk) -> None:
@@ -414,7 +551,7 @@ def test_a_new_coordinators_heartbeat_is_not_mistaken_for_the_old_ones(
 
 def standin(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Trainer processes run `code` in place of `learn/child.py`."""
-    monkeypatch.setattr(worker, "TRAINER", ("-c", "import json, os, sys, time\n" + code))
+    monkeypatch.setattr(trainers, "TRAINER", ("-c", "import json, os, sys, time\n" + code))
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -499,7 +636,7 @@ def test_what_is_printed_among_the_messages_goes_to_the_log(tmp_path: Path, monk
 def test_a_trainer_that_floods_its_log_holds_nobody_up_and_is_capped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "LOG_CAP", 300_000)
+    monkeypatch.setattr(trainers, "LOG_CAP", 300_000)
     standin(monkeypatch, "block = b'0123456789' * 10000\nwhile True: os.write(2, block)")
     trainer = ProcessTrainer(tmp_path, 1, tmp_path / "log")
 
@@ -507,7 +644,7 @@ def test_a_trainer_that_floods_its_log_holds_nobody_up_and_is_capped(
         started = time.monotonic()
         trainer.poll()
         assert time.monotonic() - started < 5
-        assert len(trainer._tail) <= worker.TAIL
+        assert len(trainer._tail) <= trainers.TAIL
         return (tmp_path / "log").exists() and (tmp_path / "log").stat().st_size >= 300_000
 
     until(full)
@@ -522,7 +659,7 @@ def test_one_reading_of_a_flood_is_bounded() -> None:
         def read(self, size: int) -> bytes:
             return b"x" * size
 
-    assert len(worker._drain(Flood())) == worker.CHUNK * worker.CHUNKS
+    assert len(trainers._drain(Flood())) == trainers.CHUNK * trainers.CHUNKS
 
 
 def test_serve_is_a_workers_whole_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,7 +674,8 @@ def test_serve_is_a_workers_whole_life(tmp_path: Path, monkeypatch: pytest.Monke
     def nap(seconds: float) -> None:
         naps.append(seconds)
         if desk.heard("outcome"):
-            os.kill(os.getpid(), signal.SIGTERM)
+            for which in handled:  # one or five are the same
+                os.kill(os.getpid(), which)
         time.sleep(0.001)
 
     class Time:
@@ -546,7 +684,7 @@ def test_serve_is_a_workers_whole_life(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(worker, "time", Time)
     monkeypatch.setattr(os, "setsid", lambda: None)
     desk._reader = LogReader(desk.run / files.done_log(NAME))
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = {which: signal.getsignal(which) for which in handled}
     try:
         worker.serve(str(desk.run), NAME, {"CUDA_VISIBLE_DEVICES": "1"})
@@ -557,3 +695,58 @@ def test_serve_is_a_workers_whole_life(tmp_path: Path, monkeypatch: pytest.Monke
             signal.signal(which, handler)
     assert bye(desk) == "signalled" and set(naps) == {0.02}
     desk.mailbox.close()
+
+
+@pytest.mark.parametrize("which", trainers.SIGNALS)
+def test_a_signal_that_comes_before_the_worker_is_made_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: signal.Signals
+) -> None:
+    desk = Desk(tmp_path / "run", Clock())
+    desk.worker._done.close()
+    (desk.run / files.done_log(NAME)).unlink()
+    desk.send(task(0))
+    monkeypatch.setattr(os, "setsid", lambda: os.kill(os.getpid(), which))  # any place before Worker() will do
+    desk._reader = LogReader(desk.run / files.done_log(NAME))
+    before = {signum: signal.getsignal(signum) for signum in trainers.SIGNALS}
+    try:
+        worker.serve(str(desk.run), NAME)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert [message["say"] for message in desk.heard()] == ["hello", "bye"]
+    desk.mailbox.close()
+
+
+def test_a_signal_to_a_child_of_the_supervisor_is_not_the_supervisors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork has the handler too."""
+    before = {signum: signal.getsignal(signum) for signum in trainers.SIGNALS}
+    try:
+        caught = worker._catch_signals()
+        with monkeypatch.context() as patch:
+            mine = os.getpid()
+            patch.setattr(os, "getpid", lambda: mine + 1)
+            signal.raise_signal(signal.SIGTERM)
+        assert caught == []
+        signal.raise_signal(signal.SIGUSR1)
+        assert caught == [signal.SIGUSR1]
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def test_a_trainer_process_is_deaf_to_signals_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm signals all processes of a job; this process hears them as before."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    standin(
+        monkeypatch,
+        "print('{}', flush=True)\nfor line in sys.stdin: print(json.dumps({'got': json.loads(line)}), flush=True)",
+    )
+    trainer = ProcessTrainer(tmp_path, 1, tmp_path / "log")
+    assert until(trainer.poll) == [{}]
+    for which in trainers.SIGNALS:
+        trainer._process.send_signal(which)
+    trainer.save()
+    assert until(trainer.poll) == [{"got": {"do": "save"}}]
+    assert trainer.died() is None
+    trainer.kill()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask

@@ -179,7 +179,10 @@ def told(**changed):
             "failed": state.num_failed,
             "in_flight": len(state.in_flight),
         },
-        "attempts_lost": {"crash": 0, "worker": 0, "stopped": 0},
+        "attempts_lost": {"crash": 0, "walltime": 0, "worker": 0, "stopped": 0},
+        "workers_left": {},
+        "nodes_excluded": {},
+        "usage": {"unit": "GPU-hours", "spent": 12.345, "wasted": 0.25, "idle": 0.0},
         "training_s": history.wall_s,
         "hypervolume": status.hypervolumes(history),
         "front": status.front(history),
@@ -214,17 +217,22 @@ def test_the_status_tells_what_is_lost_cut_off_or_damaged_and_how_to_go_on():
     changed = {
         "state": "stopped",
         "warnings": ["[/journal] damaged"],
-        "attempts_lost": {"crash": 2, "worker": 0, "stopped": 1},
+        "attempts_lost": {"crash": 2, "walltime": 1, "worker": 0, "stopped": 1},
+        "workers_left": {"preempted": 3, "idle": 1},
+        "nodes_excluded": {"n7": "three came to grief there"},
         "workers": [
-            {"name": "e1w00", "host": "node7", "device": "cpu", "doing": "child 3, epoch 2"},
-            {"name": "e1w01", "host": None, "device": None, "doing": "starting"},
+            {"name": "e1w00", "node": "node7", "device": "cpu", "doing": "child 3, epoch 2"},
+            {"name": "e1w01", "node": None, "device": None, "doing": "starting"},
         ],
         "failures": told()["failures"][1:],
     }
     lines = shown(tables.status_view(told(**changed), 350))
     assert lines[0] == "stopped; the same search command goes on"
     for expected in (
-        "attempts lost: crash 2",
+        "attempts lost: crash 2, time limit 1",
+        "workers left: preempted 3, idle 1",
+        "GPU-hours: 12.3 spent, 0.25 of them wasted on attempts that were lost, 0 idle",
+        "node n7 is excluded: three came to grief there",
         "warning: [/journal] damaged",
         "worker e1w00 on node7 (cpu): child 3, epoch 2",
         "worker e1w01: starting",

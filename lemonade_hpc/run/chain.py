@@ -1,0 +1,116 @@
+"""The coordinator as a chain of Slurm jobs: exactly one runs, and the next takes over when it ends, however it ends.
+
+Decides: what such a job is, when a chain is begun, and when it is ended. The chain rests on Slurm's `singleton`: of the
+jobs with one name and owner one runs at a time. Each job submits its successor before anything else
+(`slurm/coordinator.sbatch`). A chain whose coordinators die one after another with nothing done ends itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from lemonade_hpc import files
+from lemonade_hpc.config import Cluster, Config, ConfigError, dump
+from lemonade_hpc.run import record, slurm
+from lemonade_hpc.run.ledger import RunFailed
+from lemonade_hpc.run.record import History
+
+LINK = "LEMONADE_CHAIN"
+"""Set in the environment of a coordinator that is such a job."""
+MAX_CRASHES = 5
+"""Coordinators in a row that may die with no child finished before the chain ends."""
+TEMPLATE = Path(__file__).with_name("coordinator.sbatch")
+
+
+def job_name(run_id: str) -> str:
+    """The name that the jobs of one run's chain share; no worker has it."""
+    return f"{slurm.prefix(run_id)}{slurm.COORDINATOR}"
+
+
+def script(config: Config, run: Path, name: str) -> str:
+    """The batch script of a coordinator of this run, whose folder it is to write to."""
+    folder = (run / files.SLURM).resolve()
+    command = [sys.executable, "-m", "lemonade_hpc.cli", "search", str(folder / "config.yaml"), "--run"]
+    values = {
+        "name": name,
+        "cwd": str(Path.cwd()),
+        "run": str(run.resolve()),
+        "options": "\n".join(f"#SBATCH --{line}" for line in options(config.cluster)),
+        "setup": "\n".join(config.cluster.setup),
+        "script": shlex.quote(str(folder / TEMPLATE.name)),
+        "command": shlex.join([*command, str(run.resolve())]),
+    }
+    text = TEMPLATE.read_text()
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", value)
+    return text
+
+
+def options(cluster: Cluster) -> list[str]:
+    """What the site is asked for, as sbatch's long options."""
+    asked: dict[str, object] = {
+        "time": cluster.coordinator_time_min,
+        "mem": None if "mem" in cluster.skip else f"{int(1024 * cluster.coordinator_mem_gb)}M",
+        "partition": cluster.coordinator_partition,
+        "account": cluster.account,
+        "wckey": cluster.wckey,
+        "reservation": cluster.reservation,
+        **cluster.coordinator_extra,
+    }
+    return [key if value is True else f"{key}={value}" for key, value in asked.items() if value not in (None, False)]
+
+
+def begin(config: Config, run: Path) -> str:
+    """Submit a run's first coordinator; its job's id. Raises ConfigError with what Slurm says."""
+    run_id = record.read_identity(run)["run"]
+    name = job_name(run_id)
+    queued = waiting(run_id)
+    if queued:
+        raise ConfigError(f"{run}: has a coordinator in the queue already, job {', '.join(queued)}")
+    folder = run / files.SLURM
+    files.make_folder(folder)
+    files.write(folder / "config.yaml", dump(config))
+    files.write(folder / TEMPLATE.name, script(config, run, name).encode())
+    command = ("sbatch", "--parsable", str((folder / TEMPLATE.name).resolve()))
+    try:
+        limit = slurm.QUERY_TIMEOUT_S
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"sbatch does not answer; whether it has submitted {name} squeue will show") from None
+    if done.returncode:
+        raise ConfigError(f"cluster: Slurm refuses the coordinator's job. It says: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def waiting(run_id: str) -> list[str]:
+    """The jobs of a run's chain, at work or not yet; raises ConfigError where Slurm does not say."""
+    answer = slurm.ask("squeue", "--me", "--noheader", f"--name={job_name(run_id)}", "--format=%i")
+    if answer is None:
+        raise ConfigError("squeue does not answer: whether a coordinator is in the queue is not known; try again later")
+    return answer.split()
+
+
+def end(run_id: str) -> None:
+    """Cancel the successor that waits: nobody is to go on by himself."""
+    slurm.ask("scancel", "--me", f"--name={job_name(run_id)}", "--state=PENDING")
+
+
+def is_link() -> bool:
+    """Whether this process is a coordinator of a chain."""
+    return LINK in os.environ
+
+
+def refuse_crash_loop(history: History, note: Callable[[str], None]) -> None:
+    """Raise RunFailed where a chain's coordinators have died in a row with nothing done."""
+    if is_link() and history.num_crashes:
+        note(f"the last {history.num_crashes} coordinators were killed or lost, and no child was finished meanwhile")
+    if is_link() and history.num_crashes >= MAX_CRASHES:
+        raise RunFailed(
+            f"{history.num_crashes} coordinators in a row died with no child finished: see {files.SLURM}/*.log in the "
+            f"run folder, mend the cause and submit again"
+        )

@@ -1,0 +1,362 @@
+"""The coordinator as a chain of jobs, beneath a real Slurm: scripts, refusals, ends. `tests/cluster/` has real ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lemonade_hpc import config as configs
+from lemonade_hpc import files
+from lemonade_hpc.config import ConfigError
+from lemonade_hpc.run import cancel, chain, lease, record, session, slurm
+from lemonade_hpc.run.coordinator import RunFailed, Stopped
+from lemonade_hpc.run.ledger import Halted
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import run_doubles as doubles  # noqa: E402
+
+COMMAND = """#!/bin/bash
+echo "$(basename $0) $@" >> "$(dirname $0)/calls"
+[ -f "$0.fails" ] && { cat "$0.fails" >&2; exit 1; }
+[ -f "$0.says" ] && cat "$0.says"
+exit 0
+"""
+
+
+class Commands:
+    """Slurm's commands as scripts that note their calls and say what they are told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in slurm.COMMANDS + ("sacct", "scontrol"):
+            (folder / name).write_text(COMMAND)
+            (folder / name).chmod(0o755)
+        self.say("sbatch", "4711\n")
+
+    def say(self, name: str, text: str) -> None:
+        (self.folder / f"{name}.says").write_text(text)
+
+    def fail(self, name: str, text: str = "slurm_load_jobs error: Unable to contact slurm controller\n") -> None:
+        (self.folder / f"{name}.fails").write_text(text)
+
+    def calls(self, name: str) -> list[str]:
+        path = self.folder / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if line.startswith(f"{name} ")]
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.delenv(chain.LINK, raising=False)
+    doubles.install(monkeypatch)
+    return Commands(tmp_path / "bin")
+
+
+@pytest.fixture
+def run() -> Iterator[Path]:
+    with doubles.folder() as made:
+        yield made
+
+
+def settings(**cluster: Any) -> Any:
+    return doubles.config(cluster={"backend": "slurm", "workers": 2, **cluster})
+
+
+# ---------------------------------------------------------------- submission
+
+
+def test_a_submission_writes_the_script_and_the_settings_and_calls_sbatch_once(run: Path, commands: Commands) -> None:
+    chosen = settings(coordinator_partition="cpu", account="lab", coordinator_extra={"qos": "long", "exclusive": False})
+    assert session.submit(chosen, run) == "4711"
+    name = f"lemonade-{record.read_identity(run)['run'][:8]}-coordinator"
+    script = (run / "slurm/coordinator.sbatch").read_text()
+    lines = script.splitlines()
+    assert f"#SBATCH --job-name={name}" in lines and "#SBATCH --dependency=singleton" in lines
+    assert [line for line in lines if line.startswith("#SBATCH --") and line.split("--")[1].split("=")[0] in
+            ("time", "mem", "partition", "account", "qos", "exclusive")] == [
+        "#SBATCH --time=1440", "#SBATCH --mem=4096M", "#SBATCH --partition=cpu", "#SBATCH --account=lab",
+        "#SBATCH --qos=long",
+    ]  # fmt: skip
+    assert "@" not in script.replace("USR1@90", "")
+    assert subprocess.run(["bash", "-n", str(run / "slurm/coordinator.sbatch")], check=False).returncode == 0
+    assert configs.load(str(run / "slurm/config.yaml")) == chosen
+    assert len([call for call in commands.calls("sbatch") if "--test-only" not in call]) == 1
+
+
+def test_what_is_shown_is_what_is_submitted_and_nothing_is_written(run: Path, commands: Commands) -> None:
+    shown, worker = session.submission(settings(), run)
+    assert not run.exists() and commands.calls("sbatch") == []
+    session.submit(settings(), run)
+    known = record.read_identity(run)["run"][:8]
+    assert shown.replace("xxxxxxxx", known) == (run / "slurm/coordinator.sbatch").read_text()
+    assert "#SBATCH --job-name=lemonade-xxxxxxxx-e1w00" in worker
+    assert session.submission(settings(), run)[0] == (run / "slurm/coordinator.sbatch").read_text()
+
+
+def test_only_a_search_on_slurm_can_be_submitted(run: Path, commands: Commands) -> None:
+    for ask in (session.submit, session.submission):
+        with pytest.raises(ConfigError, match="cluster.backend: got inline; what is submitted needs slurm"):
+            ask(doubles.config(), run)
+    assert not run.exists()
+
+
+def test_slurms_refusal_is_told_in_its_words(run: Path, commands: Commands) -> None:
+    session._prepare(settings(), doubles.images(), run)
+    commands.fail("sbatch", "sbatch: error: QOSMaxSubmitJobPerUserLimit\n")
+    with pytest.raises(ConfigError, match="refuses the coordinator's job. It says: .*QOSMaxSubmitJobPerUserLimit"):
+        chain.begin(settings(), run)
+
+
+def test_a_second_submission_is_refused(run: Path, commands: Commands) -> None:
+    session.submit(settings(), run)
+    commands.say("squeue", "4711\n")
+    with pytest.raises(ConfigError, match="has a coordinator in the queue already, job 4711"):
+        session.submit(settings(), run)
+    commands.fail("squeue")
+    with pytest.raises(ConfigError, match="whether a coordinator is in the queue is not known"):
+        session.submit(settings(), run)
+
+
+def test_a_run_that_somebody_works_on_is_not_submitted(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubles.start(run, settings(), doubles.FakeBackend(run))
+    monkeypatch.setattr(lease.slurm, "judge", lambda who: "alive")
+    with pytest.raises(lease.Held, match="which is running"):
+        session.submit(settings(), run)
+
+
+def test_an_sbatch_that_does_not_answer_is_told(run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    session._prepare(settings(), doubles.images(), run)
+    (commands.folder / "sbatch").write_text("#!/bin/bash\nexec sleep 9\n")
+    monkeypatch.setattr(slurm, "QUERY_TIMEOUT_S", 0.3)
+    with pytest.raises(ConfigError, match="sbatch does not answer; whether it has submitted lemonade-"):
+        chain.begin(settings(), run)
+
+
+# ---------------------------------------------------------------- the job's script
+
+
+@pytest.mark.parametrize(
+    ("code", "cancelled"), [(0, True), (1, True), (2, True), (127, True), (3, False), (137, False), (139, False)]
+)
+def test_a_job_submits_its_successor_and_cancels_it_only_at_an_end(
+    tmp_path: Path, run: Path, commands: Commands, code: int, cancelled: bool
+) -> None:
+    session.submit(settings(), run)
+    (commands.folder / "calls").unlink()
+    script = (run / "slurm/coordinator.sbatch").read_text()
+    start = script.index(sys.executable)
+    changed = script.replace(script[start : script.index(" &\n", start)], f"bash -c 'exit {code}'")
+    done = subprocess.run(["bash", "-c", changed], capture_output=True, check=False)
+    assert done.returncode == code
+    assert [call.partition(" ")[2] for call in commands.calls("sbatch")] == [str(run / "slurm/coordinator.sbatch")]
+    assert bool(commands.calls("scancel")) == cancelled
+
+
+def test_a_job_that_has_a_successor_submits_none(run: Path, commands: Commands) -> None:
+    session.submit(settings(), run)
+    (commands.folder / "calls").unlink()
+    commands.say("squeue", "4712\n")
+    script = (run / "slurm/coordinator.sbatch").read_text()
+    start = script.index(sys.executable)
+    changed = script.replace(script[start : script.index(" &\n", start)], "true")
+    assert subprocess.run(["bash", "-c", changed], capture_output=True, check=False).returncode == 0
+    assert commands.calls("sbatch") == [] and len(commands.calls("scancel")) == 1
+
+
+def test_signals_reach_the_coordinator_and_the_job_waits_for_it(run: Path, commands: Commands) -> None:
+    """Twice, as Slurm does; its exit code is the job's."""
+    session.submit(settings(), run)
+    script = (run / "slurm/coordinator.sbatch").read_text()
+    start = script.index(sys.executable)
+    program = "import signal, sys, time; n = []; signal.signal(signal.SIGUSR1, lambda *a: n.append(1)); print('up')"
+    program += "\nwhile not n: time.sleep(0.01)\ntime.sleep(0.5); sys.exit(3)"
+    changed = script.replace(script[start : script.index(" &\n", start)], f'{sys.executable} -u -c "{program}"')
+    with subprocess.Popen(["bash", "-c", changed], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        while job.stdout.readline().strip() != "up":
+            pass
+        job.send_signal(10)
+        job.send_signal(15)
+        assert job.wait(20) == 3
+
+
+# ---------------------------------------------------------------- ends
+
+
+def test_a_link_that_stops_for_good_cancels_its_successor(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not one that is told to leave, and not a search that is no job."""
+    capped = doubles.config(cluster={"max_workers": 1})
+    backend = doubles.FakeBackend(run, lambda task: "hang")
+    step = backend.step
+
+    def step_and_die() -> None:
+        step()
+        backend.workers.clear()
+
+    backend.step = step_and_die  # type: ignore[method-assign]
+    with pytest.raises(Halted):
+        doubles.search(run, capped, backend=backend)
+    assert commands.calls("scancel") == []
+    monkeypatch.setenv(chain.LINK, "1")
+    with pytest.raises(Halted):
+        doubles.search(run, capped, backend=backend)
+    name = f"lemonade-{record.read_identity(run)['run'][:8]}-coordinator"
+    assert commands.calls("scancel") == [f"scancel --me --name={name} --state=PENDING"]
+    assert record.read_identity(run)["run"]
+
+
+def killed(run: Path, times: int) -> None:
+    for _ in range(times):
+        doubles.start(run, doubles.config(), doubles.FakeBackend(run))._ledger.close()
+
+
+def test_a_chain_whose_coordinators_die_again_and_again_ends(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(run, chain.MAX_CRASHES)
+    monkeypatch.setenv(chain.LINK, "1")
+    with pytest.raises(RunFailed, match=r"5 coordinators in a row died with no child finished: see slurm/\*.log"):
+        doubles.search(run, doubles.config())
+    monkeypatch.delenv(chain.LINK)
+    assert doubles.search(run, doubles.config()).state.complete  # a person may go on
+
+
+def test_a_child_that_was_finished_or_an_end_in_good_order_breaks_the_series(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(chain.LINK, "1")
+    killed(run, chain.MAX_CRASHES - 1)
+    made = doubles.start(run, doubles.config(), doubles.FakeBackend(run))
+    while made.history.state.num_committed < 1:
+        made._turn()
+    made._ledger.close()
+    assert doubles.load(run, doubles.config()).history.num_crashes == 0
+    killed(run, chain.MAX_CRASHES - 1)
+    doubles.start(run, doubles.config(), doubles.FakeBackend(run)).close()
+    assert doubles.load(run, doubles.config()).history.num_crashes == 0
+    notes = doubles.Notes()
+    killed(run, 2)
+    assert doubles.search(run, doubles.config(), notes=notes).state.complete
+    assert len(notes.about("the last 2 coordinators were killed or lost")) == 1
+
+
+def test_a_link_waits_for_a_coordinator_that_still_lives(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm has given up its node, say, and it does not know yet."""
+    killed(run, 1)
+    monkeypatch.setenv(chain.LINK, "1")
+    waits: list[float] = []
+    monkeypatch.setattr(session, "time", type("Clock", (), {"sleep": staticmethod(waits.append)}))
+    monkeypatch.setattr(lease.slurm, "judge", lambda who: "alive" if len(waits) < 3 else "gone")
+    notes = doubles.Notes()
+    assert doubles.search(run, doubles.config(), notes=notes).state.complete
+    assert waits == [session.HELD_S] * 3 and len(notes.about("Waiting for that")) == 3
+
+
+# ---------------------------------------------------------------- whether a job's coordinator lives
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "verdict"),
+    [
+        ("RUNNING\n", "", "alive"),
+        ("PENDING\n", "", "alive"),
+        ("TIMEOUT\n", "", "gone"),
+        ("NODE_FAIL\n", "", "gone"),
+        (None, "COMPLETED\n", "gone"),
+        (None, "CANCELLED by 1000\n", "gone"),
+        (None, "RUNNING\n", "alive"),
+        (None, None, "unknown"),
+        ("", "", "unknown"),
+    ],
+)
+def test_slurm_tells_of_a_coordinator_on_another_node(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch, squeue: str | None, sacct: str | None, verdict: str
+) -> None:
+    monkeypatch.setattr(slurm.owner, "judge", lambda who: "unknown")
+    for name, said in (("squeue", squeue), ("sacct", sacct)):
+        commands.fail(name) if said is None else commands.say(name, said)
+    assert slurm.judge({"slurm_job": "77"}) == verdict
+    assert slurm.judge({"slurm_job": None}) == "unknown"
+
+
+def test_what_is_known_of_the_process_needs_no_slurm(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in ("alive", "gone"):
+        monkeypatch.setattr(slurm.owner, "judge", lambda who, known=known: known)
+        assert slurm.judge({"slurm_job": "77"}) == known
+    assert commands.calls("squeue") == []
+
+
+def test_who_asks_again_and_again_asks_slurm_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [0.0], iter(["alive", "gone"])
+    monkeypatch.setattr(slurm, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+    monkeypatch.setattr(slurm, "judge", lambda who: next(said))
+    patient = slurm.PatientJudge()
+    for now[0] in (0.0, 2.0, 59.0):
+        assert patient({"pid": 1}) == "alive"
+    now[0] = 61.0
+    assert patient({"pid": 1}) == "gone"
+
+
+# ---------------------------------------------------------------- stop
+
+
+def test_stop_drains_a_run_that_can_go_on(run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = doubles.FakeBackend(run)
+    made = doubles.start(run, doubles.config(), backend)
+    while made.history.state.num_committed < 4:
+        made._turn()
+    monkeypatch.setattr(cancel.slurm, "judge", lambda who: "alive")
+    assert cancel.stop(run).startswith("told process ")
+    with pytest.raises(Stopped, match="stopped by `lemonade-hpc stop`"):
+        made.search()
+    made.close()
+    assert {event["kind"] for event in doubles.events(run, doubles.config(), "lost")} <= {"stopped"}
+    assert not made.history.state.complete and not backend.workers
+    monkeypatch.undo()
+    doubles.install(monkeypatch)
+    assert doubles.search(run, doubles.config()).state.complete
+    doubles.assert_sound(run)
+
+
+def test_stop_ends_the_chain_also_where_no_coordinator_is_at_work(run: Path, commands: Commands) -> None:
+    session.submit(settings(), run)
+    assert cancel.stop(run).startswith("no coordinator is at work")
+    doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
+    assert cancel.stop(run).startswith("no coordinator is at work")
+    assert len(commands.calls("scancel")) == 1
+    assert not (run / files.stop_order(1)).read_bytes()
+
+
+def test_a_coordinator_on_another_node_is_cancelled_by_its_job(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
+    monkeypatch.setattr(slurm.owner, "judge", lambda who: "unknown")
+    states = iter(["RUNNING", "RUNNING", "COMPLETING", "CANCELLED", ""])
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*command: str) -> str:
+        asked.append(command)
+        return next(states) if command[0] == "squeue" else ""
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(cancel, "POLL_JOB_S", 0.0)
+    (ended,) = cancel.cancel(run)
+    assert ended.startswith("coordinator (process ") and ended.endswith("Slurm job 77)")
+    assert ("scancel", "77") in asked

@@ -1,0 +1,360 @@
+"""The crew on a cluster of fakes: nodes at fault, workers that end for no fault of theirs, caps, and what is spent."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lemonade_hpc import files
+from lemonade_hpc.run import budgets, coordinator, crew, status
+from lemonade_hpc.run.coordinator import RunFailed, Stopped
+from lemonade_hpc.run.handle import WorkerHandle
+from lemonade_hpc.run.log import LogWriter, Message
+from lemonade_hpc.run.record import Attempt, History
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import run_doubles as doubles  # noqa: E402
+
+WORKERS = 3
+
+
+class FakeCluster(doubles.FakeBackend):
+    """Workers on nodes, each where the fewest are; `words(node, task)` is what happens to a task there."""
+
+    excludes = lasting = True
+    gpus = 2
+
+    def __init__(
+        self, run: Path, words: Callable[[str, Message], str | None] = lambda node, task: None, num_nodes: int = WORKERS
+    ) -> None:
+        super().__init__(run)
+        self.words = words
+        self.nodes = [f"n{k}" for k in range(num_nodes)]
+        self.node_of: dict[str, str] = {}
+        self.ends: dict[str, str | None] = {}
+        """How workers ended, as far as Slurm has been asked."""
+        self.avoided: list[set[str]] = []
+
+    def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+        self.avoided.append(set(avoid))
+        free = [node for node in self.nodes if node not in avoid]
+        for name in names:
+            taken = [self.node_of[one] for one in self.workers]
+            node = min(free, key=taken.count)
+            self.node_of[name] = node
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("SLURMD_NODENAME", node)
+                self.behave = lambda task, node=node: self.words(node, task)  # type: ignore[misc]
+                behave = self.behave
+                self.workers[name] = doubles.worker.Worker(
+                    self.run, name, lambda epoch, behave=behave: doubles.FakeTrainer(self.run, behave)
+                )
+
+    def ended(self, name: str) -> str | None:
+        return self.ends.get(name, "died")
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    doubles.install(monkeypatch)
+
+
+@pytest.fixture
+def run() -> Iterator[Path]:
+    with doubles.folder() as made:
+        yield made
+
+
+def settings(mode: str = "generational", children: int = 18, **cluster: Any) -> Any:
+    return doubles.config(search={"mode": mode, "children": children}, cluster={"workers": WORKERS, **cluster})
+
+
+def told(run: Path, kind: str) -> list[dict[str, Any]]:
+    return doubles.events(run, settings(), kind)
+
+
+# ---------------------------------------------------------------- nodes
+
+
+def test_a_node_that_fails_everything_is_excluded_and_costs_no_child(run: Path) -> None:
+    backend = FakeCluster(run, lambda node, task: "crash" if node == "n1" else None)
+    notes = doubles.Notes()
+    history = doubles.search(run, settings(), backend=backend, notes=notes)
+    assert history.state.complete and history.state.num_failed == 0
+    assert list(history.excluded) == ["n1"] and len(notes.about("node n1 gets no worker any more")) == 1
+    crashed = [event["child"] for event in told(run, "lost") if event["kind"] == "crash"]
+    assert len(crashed) == len(set(crashed)) == budgets.STRIKES  # each of them there, once
+    assert all("n1" in avoided for avoided in backend.avoided[1:])
+    undisturbed = doubles.search(run.with_name("other"), settings())
+    assert doubles.front(history) == doubles.front(undisturbed)
+    assert status.status(run)["nodes_excluded"].keys() == {"n1"}
+    doubles.assert_sound(run)
+
+
+def test_a_worker_that_begins_on_an_excluded_node_is_ended(run: Path) -> None:
+    """Its array was submitted before the node was known to be at fault."""
+
+    class Stubborn(FakeCluster):
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            super().launch(names, [] if len(self.avoided) < 3 else avoid)
+
+    backend = Stubborn(run, lambda node, task: "crash" if node == "n0" else None)
+    history = doubles.search(run, settings(), backend=backend)
+    assert history.state.complete and history.state.num_failed == 0
+    assert history.departures["on an excluded node"] > 1
+    late = [name for name, node in backend.node_of.items() if node == "n0"][1:]
+    assert late and not {event["worker"] for event in told(run, "attempt")} & set(late)
+
+
+def test_a_node_where_no_worker_can_start_is_excluded(run: Path) -> None:
+    backend = FakeCluster(run, lambda node, task: "unfit" if node == "n2" else None)
+    history = doubles.search(run, settings(), backend=backend)
+    assert history.state.num_failed == 0 and list(history.excluded) == ["n2"]
+    assert "worker e1w" in history.excluded["n2"]
+
+
+def test_a_child_that_crashes_everywhere_is_itself_at_fault(run: Path) -> None:
+    backend = FakeCluster(run, lambda node, task: "crash" if task["child"] in (5, 6, 7, 8) else None)
+    history = doubles.search(run, settings(), backend=backend)
+    assert [one["child"] for one in history.failures] == [5, 6, 7, 8] and history.excluded == {}
+    by_child: dict[int, set[str]] = {}
+    for event in told(run, "lost"):
+        attempt = next(
+            a for a in told(run, "attempt") if (a["child"], a["attempt"]) == (event["child"], event["attempt"])
+        )
+        by_child.setdefault(event["child"], set()).add(backend.node_of[attempt["worker"]])
+    assert all(len(by_child[child]) == 3 for child in (5, 6, 7, 8))  # never twice on the same node
+
+
+def test_the_only_node_is_not_excluded_for_its_children(run: Path) -> None:
+    backend = FakeCluster(run, lambda node, task: "crash" if task["child"] > 12 else None, num_nodes=1)
+    history = doubles.search(run, settings(), backend=backend)
+    assert history.state.complete and history.excluded == {} and history.state.num_failed == 8
+
+
+def test_a_cluster_where_nothing_works_ends_the_run(run: Path) -> None:
+    with pytest.raises(RunFailed, match="no initial network is valid"):
+        doubles.search(run, settings(), backend=FakeCluster(run, lambda node, task: "crash", num_nodes=9))
+
+
+# ---------------------------------------------------------------- ends that are nobody's fault
+
+
+def ending(run: Path, how: str, times: int) -> FakeCluster:
+    """A cluster on which a worker ends so while it trains, several times."""
+    backend = FakeCluster(run, lambda node, task: None)
+    step = backend.step
+
+    def step_and_end() -> None:
+        step()
+        for name, one in list(backend.workers.items()):
+            if one._current is not None and len(backend.ends) < times:
+                backend.ends[name] = how
+                backend.die(name)
+
+    backend.step = step_and_end  # type: ignore[method-assign]
+    return backend
+
+
+@pytest.mark.parametrize("how", ["preempted", "node failure", "time limit"])
+def test_workers_that_end_for_no_fault_of_theirs_are_replaced_and_end_no_run(run: Path, how: str) -> None:
+    """However many in a row: the limit on misfortunes is 9 here."""
+    backend = ending(run, how, times=15)
+    notes = doubles.Notes()
+    history = doubles.search(run, settings(), backend=backend, notes=notes)
+    assert history.state.complete and history.state.num_failed == 0 and history.excluded == {}
+    assert history.departures[how] == 15 and len(notes.about(f": {how}")) == 15
+    assert doubles.front(history) == doubles.front(doubles.search(run.with_name("other"), settings()))
+
+
+def test_a_worker_whose_end_is_not_known_yet_is_not_replaced(run: Path) -> None:
+    """It may have been cancelled by a person. Its children go elsewhere at once."""
+    backend = FakeCluster(run, lambda node, task: "hang")
+    made = doubles.start(run, settings(), backend)
+    for _ in range(3):
+        made._turn()
+    backend.ends["e1w00"] = None
+    backend.die("e1w00")
+    for _ in range(5):
+        made._turn()
+    assert len(made._crew.handles) == 2 and [event["kind"] for event in told(run, "lost")] == ["worker"]
+    backend.ends["e1w00"] = "preempted"
+    for _ in range(3):
+        made._turn()
+    assert len(made._crew.handles) == 3
+    made.close()
+
+
+def test_a_cancelled_worker_is_not_replaced(run: Path) -> None:
+    backend = ending(run, "cancelled", times=2)
+    notes = doubles.Notes()
+    history = doubles.search(run, settings(), backend=backend, notes=notes)
+    assert history.state.complete and history.state.num_failed == 0
+    assert len(notes.about("was cancelled from outside: no other is started in its place")) == 2
+    assert history.num_launched == WORKERS
+
+
+def test_when_every_worker_is_cancelled_the_run_stops_and_can_go_on(run: Path) -> None:
+    with pytest.raises(Stopped, match=r"every worker was cancelled \(3\)"):
+        doubles.search(run, settings(), backend=ending(run, "cancelled", times=3))
+    history = doubles.search(run, settings())
+    assert history.state.complete
+    doubles.assert_sound(run)
+
+
+def test_workers_that_were_cancelled_before_a_coordinators_life_are_replaced(run: Path) -> None:
+    """`cancel`, and then the same command: it is to go on with as many as before."""
+    backend = FakeCluster(run, lambda node, task: "hang")
+    made = doubles.start(run, settings(), backend)
+    for _ in range(3):
+        made._turn()
+    made._ledger.close()
+    after = FakeCluster(run)
+    after.ends = dict.fromkeys(backend.workers, "cancelled")
+    history = doubles.search(run, settings(), backend=after)
+    assert history.state.complete and history.departures["cancelled"] == WORKERS
+    assert history.num_launched == 2 * WORKERS
+
+
+def test_where_no_worker_was_ever_heard_of_the_run_folder_is_asked_after(run: Path) -> None:
+    class Blind(FakeCluster):
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            pass
+
+    with pytest.raises(
+        RunFailed, match=r"10 workers in a row .*None has ever been heard of: can the nodes see and write /"
+    ):
+        doubles.search(run, settings(), backend=Blind(run))
+
+
+# ---------------------------------------------------------------- budgets
+
+
+def test_losses_that_took_a_child_further_do_not_count_but_crashes_do() -> None:
+    losses = [("worker", 0.0), ("worker", 0.2), ("walltime", 0.2), ("walltime", 0.5), ("crash", 0.9), ("crash", 0.95)]
+    assert budgets.charged(losses) == Counter(worker=1, walltime=1, crash=2)
+
+
+def test_a_child_that_gets_no_further_in_a_workers_time_fails_and_says_what_to_do(run: Path) -> None:
+    made = doubles.start(run, settings(), FakeCluster(run))
+    made._turn()
+    history: History = made.history
+    history.attempts[1] = [Attempt(f"a{k}", "w", lost="walltime", reason="gone", done=0.5) for k in range(4)]
+    (failure,) = budgets.spent(history, retries=2)
+    assert failure["failure"]["kind"] == "walltime"
+    assert failure["failure"]["reason"].startswith("3 attempts ended so; the last one: gone; raise cluster.time_min")
+    assert not list(budgets.spent(history, retries=3))
+    made.close()
+
+
+def test_no_more_workers_are_started_than_the_run_may(run: Path) -> None:
+    with pytest.raises(Stopped, match="max_workers: 5 workers have been started"):
+        doubles.search(run, settings(max_workers=5), backend=ending(run, "preempted", times=99))
+    assert doubles.load(run, settings()).history.num_launched == 5
+    assert doubles.search(run, settings(max_workers=50)).state.complete
+
+
+def test_when_the_gpu_hours_are_spent_children_in_training_end_and_the_run_stops(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = FakeCluster(run)
+    real = crew.Crew.spent_s
+    monkeypatch.setattr(crew.Crew, "spent_s", lambda self: real(self) + 600 * self._ledger.history.state.num_committed)
+    capped = settings(max_gpu_hours=1)
+    with pytest.raises(Stopped, match=r"max_gpu_hours: 1 GPU-hours are spent, .*raise it to go on"):
+        doubles.search(run, capped, backend=backend)
+    history = doubles.load(run, capped).history
+    assert 6 <= history.state.num_committed <= 6 + WORKERS and not history.state.complete
+    assert {event["kind"] for event in told(run, "lost")} <= {"stopped"} and not backend.workers
+    monkeypatch.undo()
+    doubles.install(monkeypatch)
+    assert doubles.search(run, settings(max_gpu_hours=2)).state.complete
+    doubles.assert_sound(run)
+
+
+# ---------------------------------------------------------------- what is spent
+
+
+REPORTS: list[Message] = [
+    {"say": "hello", "at": 0.0, "node": "n3"},
+    {"say": "started", "at": 10.0, "child": 1, "attempt": "a"},
+    {"say": "outcome", "at": 40.0, "outcome": {}},
+    {"say": "started", "at": 50.0, "child": 2, "attempt": "a"},
+    {"say": "checkpoint", "at": 65.0, "child": 2, "attempt": "a", "done": 0.25},
+    {"say": "alive", "at": 70.0},
+]
+
+
+@pytest.mark.parametrize("last", [[], [{"say": "crashed", "at": 71.0, "child": 2, "attempt": "a", "reason": ""}]])
+def test_a_worker_tells_how_long_it_lived_trained_and_what_is_lost_with_it(tmp_path: Path, last: list[Message]) -> None:
+    (tmp_path / files.done_log("w")).parent.mkdir(parents=True)
+    with LogWriter(tmp_path / files.done_log("w")) as log:
+        log.append([*REPORTS, *last, {"say": "alive", "at": 90.0}])
+    handle = WorkerHandle(tmp_path, None, "w")
+    handle.hear()
+    assert (handle.node, handle.lived_s, handle.busy_s) == ("n3", 90.0, 30 + (21 if last else 40))
+    assert handle.unsaved_s((2, "a")) == (6 if last else 25) and handle.done[2, "a"] == 0.25
+
+
+def test_usage_adds_up_over_workers_and_gpus(run: Path) -> None:
+    made = doubles.start(run, settings(), FakeCluster(run))
+    made._turn()
+    history = made.history
+    left = {"event": "left", "how": "idle", "fault": None, "lived_s": 3600.0, "busy_s": 1800.0}
+    history.apply(left | {"worker": "e1w00"})
+    history.attempts[1] = [Attempt("a", "e1w01")]
+    lost = {"event": "lost", "child": 1, "attempt": "a", "kind": "crash", "reason": "", "seconds": 360.0, "done": 0.0}
+    history.apply(lost)
+    two = [{"name": "e1w01", "lived_s": 1800.0, "busy_s": 1800.0}, {"name": "e1w02", "lived_s": 0.0, "busy_s": 0.0}]
+    assert status._usage(history, two) == {"unit": "GPU-hours", "spent": 3.0, "wasted": 0.2, "idle": 1.0}
+    made.close()
+
+
+# ---------------------------------------------------------------- a coordinator that leaves
+
+
+def leaving(run: Path, chosen: Any) -> coordinator.Coordinator:
+    """One that is stopped by a signal when some children are done, its workers busy."""
+    backend = FakeCluster(run, lambda node, task: "hang" if task["child"] > 7 else None)
+    made = doubles.start(run, chosen, backend)
+    made.stop_signal = None
+    while made.history.state.num_committed < 7:
+        made._turn()
+    made.stop_signal = 10
+    with pytest.raises(Stopped, match="stopped by SIGUSR1"):
+        made.search()
+    return made
+
+
+def test_a_coordinator_that_leaves_gives_workers_that_go_on_enough_to_do(run: Path) -> None:
+    made = leaving(run, settings("steady_state", children=100))
+    given = [len(handle.tasks) for handle in made._crew.handles.values()]
+    assert len(given) == WORKERS and min(given) == coordinator.FILL_AHEAD
+    made.close()
+    assert doubles.search(run, settings("steady_state", children=100)).state.complete
+    doubles.assert_sound(run)
+
+
+def test_in_generational_mode_it_can_give_no_more_than_the_generation_holds(run: Path) -> None:
+    made = leaving(run, settings("generational", children=100))
+    assert sum(len(handle.tasks) for handle in made._crew.handles.values()) == len(made.history.state.in_flight) <= 6
+    made.close()
+    history = doubles.search(run, settings("generational", children=100))
+    other = doubles.search(run.with_name("other"), settings("generational", children=100))
+    assert doubles.front(history) == doubles.front(other)
+
+
+@pytest.mark.parametrize(("wall_s", "expected"), [(0.0, coordinator.FILL_AHEAD), (4000.0, 4), (1e9, 1)])
+def test_as_many_children_as_fit_a_workers_time_are_worth_giving(run: Path, wall_s: float, expected: int) -> None:
+    made = doubles.start(run, settings(time_min=240), FakeCluster(run))
+    while made.history.state.num_committed < 3:
+        made._turn()
+    made.history.wall_s = made.history.state.num_committed * wall_s
+    assert made._worth_filling() == expected
+    made.close()
