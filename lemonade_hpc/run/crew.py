@@ -117,7 +117,8 @@ class Crew:
         """Take back the children of workers that have left or died, and exclude nodes that are at fault."""
         for handle in list(self.handles.values()):
             alive = self._backend.alive(handle.name)
-            if handle.said_bye is None and (alive or handle.last_words.waits(alive)):
+            late = handle.last_words.waits(alive)
+            if handle.said_bye is None and (alive or late):
                 continue
             self._hear(handle, last_words=handle.said_bye is not None)
             if handle.name in self.handles:

@@ -155,7 +155,7 @@ def _elsewhere(run: Path) -> bool:
 
 def _sight(run: Path) -> tuple[int, list[int | None]]:
     """What changes as a coordinator works: the newest epoch, the sizes of its heartbeat and journals."""
-    number = files.epochs(run)[-1]
+    number = max(files.epochs(run), default=0)
     sizes: list[int | None] = []
     for path in (files.heartbeat(number), *files.journals(number)):
         try:

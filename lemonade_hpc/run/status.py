@@ -45,7 +45,7 @@ def read(run: Path) -> tuple[dict[str, Any], Problem, Loaded]:
 
 def patience(run: Path) -> files.Patience:
     """For how long what is wrong with a run may only be late here. Raises ConfigError."""
-    return files.Patience(record.read_identity(run)["config"]["cluster"]["stale_s"])
+    return files.Patience(record.read_identity(run)["config"]["cluster"].get("stale_s"))
 
 
 def problem(run: Path) -> tuple[dict[str, Any], Problem]:

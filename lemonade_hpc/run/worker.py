@@ -33,7 +33,8 @@ BEAT_S = 5.0
 UNFIT, SIGNALLED, TIME_OVER = "unfit", "signalled", "its time is nearly over"
 """Why a worker leaves: it cannot start trainers; it was sent a signal; its job ends soon."""
 ORPHAN_S = 60.0
-"""A coordinator whose heartbeat stands still for this long, and for as long as it may be seen late, is gone."""
+"""A coordinator whose heartbeat stands still for this long is gone. Where files are seen late, four times `stale_s` is
+added: the heartbeat is late, a successor looks on for twice as long before it begins, and is then seen late itself."""
 ORPHAN_WAIT_S = 5.0
 """How long a worker of this machine that has nothing to do waits for a successor of a coordinator that is gone.
 
@@ -137,7 +138,7 @@ class Worker:
         self._pulse, self._idle_since = -1, time.monotonic()
         self._owner = owned["owner"]
         cluster = owned["config"]["cluster"]
-        self._stale_s = cluster["stale_s"]
+        self._stale_s = cluster.get("stale_s")
         self._late, self._assigned = files.Patience(self._stale_s), LogReader(path, self._stale_s)
         self._idle_exit_s, self._timeout_s = cluster["idle_exit_min"] * 60, cluster["child_timeout_min"] * 60
         self.poll_s = cluster["poll_s"]
@@ -154,7 +155,7 @@ class Worker:
         pulse = os.stat(self.run / files.heartbeat(self._epoch)).st_size
         if pulse != self._pulse:
             self._pulse, self._pulse_at = pulse, now
-        return now - self._pulse_at > ORPHAN_S + (self._stale_s or 0)
+        return now - self._pulse_at > ORPHAN_S + 4 * (self._stale_s or 0)
 
     def _obey(self, message: Message) -> bool:
         """Carry out one message; False for `stop`."""

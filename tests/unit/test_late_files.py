@@ -195,9 +195,32 @@ def test_an_epoch_without_a_mailbox_for_a_worker_may_only_be_late(
     assert made.step() and made._epoch == 2
     open_epoch(begun)
     assert made.step()
+    third = (begun / files.epoch_folder(3)).rename(begun / "unseen")  # one that found its predecessor at work
+    clock.now += BOUND_S
+    assert made.step() and made._epoch == 2
+    third.rename(begun / files.epoch_folder(3))
+    assert made.step()
     clock.now += BOUND_S
     assert not made.step()
     assert farewell(begun, "e1w00") == "given up by a later coordinator"
+
+
+def hurt(path: Path) -> bytes:
+    """Zeros in place of a log's content; what was there."""
+    content = path.read_bytes()
+    path.write_bytes(bytes(len(content) - 1) + b"\n")
+    return content
+
+
+def test_a_mailbox_of_which_only_the_size_is_seen_is_no_damaged_one(begun: Path, clock: Clock) -> None:
+    made = worker_of(begun, "e1w00")
+    path = begun / files.assigned_log(1, "e1w00")
+    with LogWriter(path) as mailbox:
+        mailbox.append([{"do": "stop"}])
+    content = hurt(path)
+    assert made.step()
+    path.write_bytes(content)
+    assert not made.step() and farewell(begun, "e1w00") == "stopped by the coordinator"
 
 
 def test_an_epoch_whose_owner_cannot_be_read_yet_is_late(begun: Path, clock: Clock) -> None:
@@ -233,7 +256,7 @@ def test_a_heartbeat_that_is_seen_late_is_one(begun: Path, clock: Clock, monkeyp
     for size in range(5):
         (begun / files.heartbeat(1)).write_bytes(bytes(size))
         assert made.step()
-        clock.now += STALE_S + worker.ORPHAN_S - 1  # and others in between
+        clock.now += 4 * STALE_S + worker.ORPHAN_S - 1
         assert made.step()
     clock.now += 2
     assert not made.step() and farewell(begun, "e1w00") == "the coordinator is gone"
@@ -301,6 +324,22 @@ def test_the_last_words_of_a_worker_that_has_died_are_waited_for(run: Path, cloc
     made._turn()
     assert made.history.state.num_committed == spoke
     assert (task["child"] in made.history.attempts) == (not spoke)
+    made.close()
+
+
+def test_reports_of_which_only_the_size_is_seen_are_no_damaged_ones(run: Path, clock: Clock) -> None:
+    made, backend, task = running(run)
+    handle = next(iter(made._crew.handles.values()))
+    path = run / files.done_log(handle.name)
+    before = path.read_bytes()
+    report(backend, doubles.outcome(task, run))
+    after = path.read_bytes()
+    path.write_bytes(before + bytes(len(after) - len(before) - 1) + b"\n")
+    made._turn()
+    assert handle.damaged is None and backend.killed == []
+    path.write_bytes(after)
+    made._turn()
+    assert made.history.state.num_committed == 1
     made.close()
 
 
@@ -410,7 +449,7 @@ def test_a_coordinator_that_is_alive_elsewhere_is_not_followed(left: Path, clock
     before = files.epochs(left)
     with pytest.raises(lease.Held, match="its coordinator is at work"):
         doubles.search(left, SETTINGS, take_over=True)
-    assert files.epochs(left) == before
+    assert files.epochs(left) == before and clock.slept < 3 * BOUND_S
 
 
 def test_a_predecessor_is_not_waited_for_where_there_is_no_need(
@@ -480,6 +519,12 @@ def test_a_first_copy_that_ends_early_is_no_damage_before_it_stays_so(done: Path
     assert clock.slept >= STALE_S
     path.write_bytes(short)
     assert "damaged after line" in faults(done)
+
+
+def test_a_hole_in_one_copy_is_no_damage_before_it_stays_so(done: Path, clock: Clock) -> None:
+    path = done / files.journals(1)[0]
+    late(clock, path, path.read_bytes()[:500] + bytes(600) + path.read_bytes()[1100:])
+    assert status.status(done)["warnings"] == []
 
 
 @pytest.mark.parametrize("seen", ["zeros", "nothing"])
