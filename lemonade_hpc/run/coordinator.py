@@ -256,6 +256,8 @@ class Coordinator:
 
     def _clean(self, released: list[int]) -> None:
         """Delete weights that nobody needs any more, and of children just committed what is not their weights."""
+        if self._settled:
+            self._check_lease()  # a successor may have had these children trained by other attempts
         for path in leftovers.beside_weights(self.run, self._settled):
             files.remove(path)
         self._settled.clear()

@@ -323,7 +323,7 @@ class Crew:
                     handle.said_bye is not None or not self._backend.alive(handle.name)
                 ):
                     self._release(handle)
-                    self._part(handle, handle.said_bye or "died")
+                    self._part(handle, handle.said_bye or DIED)
             time.sleep(self._poll_s)
         if not self._ledger.superseded():
             for handle in list(self.handles.values()):

@@ -36,7 +36,8 @@ class WorkerHandle:
         self.device: str | None = None
         self.trouble = ""
         """Why it cannot start training."""
-        self._stopped = self.present = False
+        self._stopped = False
+        self.present = False
         """Whether it has been heard of: one that still waits for a machine may do so for hours."""
         self.doing = "starting"
         """In words, for people."""

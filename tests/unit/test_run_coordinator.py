@@ -762,7 +762,7 @@ def test_a_paused_coordinator_that_wakes_changes_nothing(run: Path) -> None:
     doubles.assert_sound(run)
 
 
-@pytest.mark.parametrize("step", ["_tidy", "_delete", "_complete"])
+@pytest.mark.parametrize("step", ["_tidy", "_clean", "_delete", "_complete"])
 def test_one_that_wakes_before_it_deletes_deletes_nothing(run: Path, step: str) -> None:
     """What it knows of the run may be old: what nobody needed then may be needed now."""
     backend = doubles.FakeBackend(run)
@@ -770,9 +770,12 @@ def test_one_that_wakes_before_it_deletes_deletes_nothing(run: Path, step: str) 
     real, taken, before = getattr(old, step), list[coordinator.Coordinator](), dict[str, bytes]()
 
     def paused(*arguments: Any) -> Any:
-        if not taken and (step != "_delete" or any(arguments)):
+        if not taken and (step != "_delete" or any(arguments)) and (step != "_clean" or old._settled):
             taken.append(doubles.start(run, SETTINGS, doubles.FakeBackend(run)))
             (run / "children/000/000099").mkdir(parents=True)
+            for outcome in old._settled:  # its successor has another attempt under way
+                (run / files.attempt_folder(outcome["child"], "e2a1")).mkdir()
+                (run / files.attempt_folder(outcome["child"], "e2a1") / files.WEIGHTS).touch()
             (run / "population.e0.h5").touch()
             before.update(doubles.contents(run))
         return real(*arguments)

@@ -67,13 +67,13 @@ def test_the_density_never_raises(name: str) -> None:
 
 def test_inputs_stay_as_they_are() -> None:
     data, points = np.random.default_rng(0).normal(size=(2, 9, 2))
-    for array in (data, points):
-        array.flags.writeable = False
+    before = data.copy(), points.copy()
     density.inverse_density(data, points)
     weights = density.inverse_density(data, data)
-    weights.flags.writeable = False
+    given = weights.copy()
     density.draw_with_replacement(weights, 5, np.random.default_rng(0))
     density.draw_without_replacement(weights, 5, np.random.default_rng(0))
+    assert [a.tobytes() for a in (data, points, weights)] == [a.tobytes() for a in (*before, given)]
 
 
 def test_drawing_with_replacement_is_proportional_to_one_over_density() -> None:
