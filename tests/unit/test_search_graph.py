@@ -169,7 +169,8 @@ def test_an_addition_of_channels_divided_differently_is_refused() -> None:
 @given(SEEDS)
 @settings(max_examples=60, deadline=None)
 def test_random_graphs_are_valid(seed: int) -> None:
-    graphs.validate(anyhow(seed), SIGNATURE)
+    graph = anyhow(seed)
+    assert graphs.validate(graph, SIGNATURE).keys() == {node.id for node in graph.nodes}
 
 
 # ---------------------------------------------------------------- the digest
