@@ -93,7 +93,9 @@ class Coordinator:
             self._beat()
 
     def _go_on(self) -> None:
-        """Ask for children and have them trained, unless the run is to be left."""
+        """Ask for children and have them trained, unless that is done or the run is to be left."""
+        if self.history.state.complete:
+            return
         reason = self._reason_to_leave()
         if reason is None:
             self._ask(ASSIGNED_AHEAD)

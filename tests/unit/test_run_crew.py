@@ -278,6 +278,30 @@ def test_when_the_gpu_hours_are_spent_children_in_training_end_and_the_run_stops
     doubles.assert_sound(run)
 
 
+@pytest.mark.parametrize("cap", [{"max_workers": WORKERS}, {"max_gpu_hours": 1}])
+def test_a_limit_that_is_reached_with_the_last_child_stops_no_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, cap: dict[str, int]
+) -> None:
+    """Every worker is gone by then."""
+    backend = FakeCluster(run)
+    step = backend.step
+
+    def step_and_leave() -> None:
+        step()
+        state = made.history.state
+        idle = all(one._current is None and not one._queue for one in backend.workers.values())
+        if state.num_committed + len(state.in_flight) == 18 + 3 and idle:
+            backend.workers.clear()
+
+    backend.step = step_and_leave  # type: ignore[method-assign]
+    made = doubles.start(run, settings(**cap), backend)
+    real = made._crew.spent_s
+    monkeypatch.setattr(made._crew, "spent_s", lambda: real() + 3600 * made.history.state.complete)
+    made.search()
+    made.close()
+    assert made.history.complete is not None
+
+
 # ---------------------------------------------------------------- what is spent
 
 
