@@ -1,8 +1,8 @@
 """A real Slurm on this host: munge, slurmdbd on MariaDB, slurmctld, and four slurmd with a fake GPU each.
 
 Needs root and Debian's `slurm-wlm slurmdbd munge mariadb-server`. Everything lies in a folder of its own and is stopped
-by pid. Jobs run as the ordinary user `lemonade`, who is made if need be. Two partitions: `main`, and `urgent`, whose
-jobs requeue those of `main`. Limits are short, so that a test does not wait.
+by pid. Jobs run as an ordinary user, made and removed with it, so that several may be up at once. Two partitions:
+`main`, and `urgent`, whose jobs requeue those of `main`. Limits are short, so that a test does not wait.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import lemonade_hpc
 
-USER = "lemonade"
+USER = f"lemonade{os.getpid()}"
 PACKAGE = Path(lemonade_hpc.__file__).parents[1]
 NODES = tuple(f"n{k}" for k in range(1, 5))
 START_S = 60.0
@@ -179,13 +179,15 @@ def wait_for(what: str, test: Callable[[], Any], timeout_s: float = START_S) -> 
     raise TimeoutError(f"not within {timeout_s:.0f} s: {what}" + (f" ({last})" if last else ""))
 
 
-def ensure_user() -> bool:
-    """Make the ordinary user; whether that was necessary."""
-    with suppress(KeyError):
-        pwd.getpwnam(USER)
-        return False
+def make_user() -> None:
+    """Make the ordinary user; one of that name was left by a process that was killed."""
+    remove_user()
     subprocess.run(["useradd", "--create-home", "--shell", "/bin/bash", USER], check=True, capture_output=True)
-    return True
+
+
+def remove_user() -> None:
+    """Remove the ordinary user, if there is one."""
+    subprocess.run(["userdel", "--remove", "--force", USER], check=False, capture_output=True)
 
 
 def open_way(*paths: Path) -> dict[Path, int]:
@@ -207,10 +209,9 @@ def cluster(max_array: int = 1001) -> Iterator[Slurm]:
     missing = [name for name in ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd") if not shutil.which(name)]
     if missing:
         raise RuntimeError(f"{', '.join(missing)}: not installed; Debian: slurm-wlm slurmdbd munge mariadb-server")
-    made, opened = (
-        ensure_user(),
-        open_way(Path(sys.executable), Path(sys.executable).resolve(), PACKAGE / "lemonade_hpc"),
-    )
+    make_user()
+    needed = (Path(sys.executable), Path(sys.executable).resolve(), PACKAGE / "lemonade_hpc", Path(__file__))
+    opened = open_way(*needed)
     folder = Path(tempfile.mkdtemp(prefix="lemonade-slurm-"))
     folder.chmod(0o755)
     slurm = Slurm(folder)
@@ -222,8 +223,7 @@ def cluster(max_array: int = 1001) -> Iterator[Slurm]:
         shutil.rmtree(folder, ignore_errors=True)
         for path, mode in opened.items():
             path.chmod(mode)
-        if made:
-            subprocess.run(["userdel", "--remove", USER], check=False, capture_output=True)
+        remove_user()
 
 
 def _start(slurm: Slurm, max_array: int) -> None:
