@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -39,6 +40,9 @@ class Trainer(Protocol):
 
     def save(self) -> None:
         """Take a checkpoint of the child in training, soon."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it reports something, so long at most."""
 
     def poll(self) -> list[Message]:
         """What it has reported since the last poll."""
@@ -79,6 +83,10 @@ class ProcessTrainer:
 
     def save(self) -> None:  # noqa: D102
         self.send({"do": "save"})
+
+    def wait(self, seconds: float) -> None:  # noqa: D102
+        assert self._process.stdout is not None
+        select.select([self._process.stdout], [], [], seconds)
 
     def poll(self) -> list[Message]:  # noqa: D102
         self._keep(_drain(self._process.stderr))
@@ -149,6 +157,9 @@ class InlineTrainer:
 
     def save(self) -> None:
         """No child is in training when this can be asked."""
+
+    def wait(self, seconds: float) -> None:
+        """It reports at once."""
 
     def poll(self) -> list[Message]:  # noqa: D102
         messages, self._messages = self._messages, []

@@ -43,6 +43,8 @@ SPARE_S = 60.0
 """A child is to end, or to be saved, this long before the time limit of the worker's job."""
 WORTH_S = 300.0
 """A child that would not end before that is begun all the same where there is this much time: it goes on elsewhere."""
+LEAST_WAIT = 0.1
+"""Share of `poll_s` between two looks at its mailbox, however fast its trainer reports."""
 SAVE_S = 10.0
 """How long a worker that must leave waits for its child's checkpoint."""
 
@@ -119,6 +121,15 @@ class Worker:
         if self._ends_at == math.inf and now - self._idle_since > ORPHAN_WAIT_S and self._orphaned(now):
             return self._leave("the coordinator is gone")
         return now - self._idle_since < self._idle_exit_s or self._leave("idle")
+
+    def wait(self) -> None:
+        """Wait for `poll_s`, or until the trainer reports; but never so short that it strains a far file system."""
+        time.sleep(self.poll_s * LEAST_WAIT)
+        rest = self.poll_s * (1 - LEAST_WAIT)
+        if self._trainer is None:
+            time.sleep(rest)
+        else:
+            self._trainer.wait(rest)
 
     # ------------------------------------------------------------ the coordinator
 
@@ -302,7 +313,7 @@ def serve(run: str, name: str, environment: Mapping[str, str | None] | None = No
         worker.signalled = bool(caught)
         if not worker.step():
             break
-        time.sleep(worker.poll_s)
+        worker.wait()
 
 
 def _catch_signals() -> list[int]:

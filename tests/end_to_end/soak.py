@@ -90,6 +90,9 @@ class Trainer:
         told = {key: self.task[key] for key in ("child", "attempt")}
         self.messages.append(told | {"saved": {"done": done, "epochs": 0}})
 
+    def wait(self, seconds: float) -> None:
+        pass
+
     def poll(self) -> list[Message]:
         if self.task is not None and self.death is None:
             if self.task["child"] in self.world.poison or self.node in self.world.bad:

@@ -114,6 +114,9 @@ class FakeTrainer:
     def save(self) -> None:
         self.num_saves += 1
 
+    def wait(self, seconds: float) -> None:
+        pass
+
     def poll(self) -> list[Message]:
         messages, self.messages = self.messages, []
         return messages
