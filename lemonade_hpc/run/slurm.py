@@ -147,6 +147,8 @@ class SlurmBackend:
         """How many queries in a row saw a worker's job to have ended, or not at all."""
         self._last_state: dict[str, str] = {}
         self._max_array: int | None = None
+        self._taken = 0
+        """The longest array that Slurm took of an earlier coordinator."""
         self._stuck: set[str] = set()
         """Reasons to wait that have been told."""
         self._unexplained: set[str] = set()
@@ -155,11 +157,20 @@ class SlurmBackend:
         self._queried_at = self._submitted_at = -math.inf if first else time.monotonic()
 
     def room(self) -> int:
-        """How many workers may be started now: as many as the site and the settings take in one array."""
-        if time.monotonic() - self._submitted_at < self._cluster.submit_s:
+        """How many workers may be started now: as many as the site and the settings take in one array.
+
+        What the site takes is a status call, which a successor of living workers can do without.
+        """
+        now = time.monotonic()
+        if now - self._submitted_at < self._cluster.submit_s:
             return 0
         if self._max_array is None:
-            self._max_array = min(self._cluster.max_array, _site_limit() or self._cluster.max_array)
+            limit = self._taken
+            if not limit:
+                if now - self._queried_at < self._cluster.status_s:
+                    return 0
+                self._queried_at, limit = now, _site_limit() or self._cluster.max_array
+            self._max_array = min(self._cluster.max_array, limit)
         return self._max_array
 
     def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
@@ -182,6 +193,7 @@ class SlurmBackend:
 
     def adopt(self, name: str, launch: str, place: int) -> None:  # noqa: D102
         self._places[name] = (launch, place)
+        self._taken = max(self._taken, place + 1)
 
     def heard(self, name: str, messages: Sequence[dict[str, Any]]) -> None:  # noqa: D102
         if messages:

@@ -163,15 +163,28 @@ def test_a_job_submits_its_successor_and_cancels_it_only_at_an_end(
     assert bool(commands.calls("scancel")) == cancelled
 
 
-def test_a_job_that_has_a_successor_submits_none(run: Path, commands: Commands) -> None:
+@pytest.mark.parametrize(
+    ("restarts", "refused", "queued", "calls"),
+    [("", False, "", ["sbatch"]), ("1", False, "4712\n", ["squeue"]), ("1", False, "", ["squeue", "sbatch"]),
+     ("", True, "4712\n", ["sbatch", "squeue"]), ("", True, "", ["sbatch", "squeue", "sbatch"])],
+)  # fmt: skip
+def test_a_job_that_has_a_successor_submits_none(
+    run: Path, commands: Commands, restarts: str, refused: bool, queued: str, calls: list[str]
+) -> None:
+    """It may have one if it was requeued, or if sbatch has timed out; otherwise Slurm is not asked."""
     session.submit(settings(), run)
     (commands.folder / "calls").unlink()
-    commands.say("squeue", "4712\n")
+    commands.say("squeue", queued)
+    if refused:
+        commands.fail("sbatch", "sbatch: error: Socket timed out on send/recv operation\n")
     script = (run / "slurm/coordinator.sbatch").read_text()
     start = script.index(sys.executable)
-    changed = script.replace(script[start : script.index(" &\n", start)], "true")
-    assert subprocess.run(["bash", "-c", changed], capture_output=True, check=False).returncode == 0
-    assert commands.calls("sbatch") == [] and len(commands.calls("scancel")) == 1
+    changed = script.replace(script[start : script.index(" &\n", start)], "true").replace("sleep 30", "true")
+    environment = os.environ | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
+    done = subprocess.run(["bash", "-c", changed], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0 and ("no successor could be submitted" in done.stderr) == (refused and not queued)
+    made = [call.split()[0] for call in (commands.folder / "calls").read_text().splitlines()]
+    assert made == [*calls, "scancel"]
 
 
 def test_signals_reach_the_coordinator_and_the_job_waits_for_it(run: Path, commands: Commands) -> None:

@@ -225,6 +225,9 @@ def test_an_array_is_no_larger_than_the_site_takes(run: Path, queue: Queue) -> N
     one, _ = backend(run)
     assert one.room() == 10 and one.room() == 10
     assert len(queue.asked) == 1
+    later, _ = backend(run)
+    later.adopt("w2", "w0", 2)
+    assert later.room() == 3 and len(queue.asked) == 1
     queue.down = True
     assert backend(run, max_array=7)[0].room() == 7
 
