@@ -8,29 +8,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parent))
 
-from slurm import USER, Slurm, cluster, wait_for  # noqa: E402
+from runs import CONFIG, begun, ended, finished, front, lemonade, running, start  # noqa: E402
 
-LEMONADE = (sys.executable, "-m", "lemonade_hpc.cli")
-CONFIG = """
-data: {{name: digits}}
-objectives: [{{name: val_error}}, {{name: params, min: 100, max: 30000}}]
-search: {{mode: generational, children: 24, proposals: 20, accepted: 8}}
-training: {{initial_epochs: 3, epochs: 1}}
-cluster:
-  {{backend: {backend}, workers: 4, device: cpu, mem_gb: 1, time_min: 10, status_s: 1, submit_s: 1, poll_s: 0.1,
-    stale_s: 0{more}}}
-"""
+from slurm import USER, Slurm, wait_for  # noqa: E402
+
 KILL_BEFORE_THE_TASKS_ARE_NAMED = """
 import os, signal, sys
 from submitit.core.utils import JobPaths
@@ -38,86 +25,6 @@ from lemonade_hpc import cli
 JobPaths.move_temporary_file = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
 cli.main(sys.argv[1:])
 """
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    with cluster() as made:
-        yield made
-
-
-@pytest.fixture
-def home(slurm: Slurm, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A folder of the ordinary user's, with a configuration for each backend."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{request.node.name.partition('[')[0]}-", dir=slurm.user.pw_dir))
-    for backend in ("local", "slurm"):
-        (folder / f"{backend}.yaml").write_text(CONFIG.format(backend=backend, more=""))
-    os.chown(folder, slurm.user.pw_uid, slurm.user.pw_gid)
-    yield folder
-    slurm.run("scancel", "-u", USER)
-    wait_for("all jobs have ended", lambda: not slurm.run("squeue", "-h", "-u", USER))
-
-
-def start(slurm: Slurm, home: Path, *command: str) -> subprocess.Popen[str]:
-    """A process of the ordinary user's."""
-    return subprocess.Popen(
-        command, cwd=home, env=slurm.environment() | {"OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, user=slurm.user.pw_uid, group=slurm.user.pw_gid,
-    )  # fmt: skip
-
-
-def lemonade(slurm: Slurm, home: Path, *arguments: str, timeout_s: float = 150) -> tuple[int, str, str]:
-    """A command: its exit code and what it said."""
-    process = start(slurm, home, *LEMONADE, *arguments)
-    out, err = process.communicate(timeout=timeout_s)
-    return process.returncode, out, err
-
-
-def front(slurm: Slurm, home: Path, run: str) -> list[Any]:
-    """What must be equal: numbers, networks, objectives, and every bit of the weights."""
-    assert lemonade(slurm, home, "verify", run)[0] == 0
-    members = json.loads(lemonade(slurm, home, "front", run, "--json")[1])
-    return [(m["id"], m["digest"], m["objectives"], m["weights"]["sha256"]) for m in members]
-
-
-@pytest.fixture(scope="module")
-def expected(slurm: Slurm) -> list[Any]:
-    """The front of the same search by the local backend."""
-    home = Path(tempfile.mkdtemp(prefix="local-", dir=slurm.user.pw_dir))
-    os.chown(home, slurm.user.pw_uid, slurm.user.pw_gid)
-    (home / "local.yaml").write_text(CONFIG.format(backend="local", more=""))
-    code, _, err = lemonade(slurm, home, "search", "local.yaml", "--run", "local")
-    assert code == 0, err
-    found = front(slurm, home, "local")
-    assert len(found) > 4
-    return found
-
-
-def running(slurm: Slurm) -> list[dict[str, str]]:
-    return [job for job in slurm.jobs() if job["state"] in ("RUNNING", "PENDING", "COMPLETING")]
-
-
-def finished(slurm: Slurm, home: Path, expected: list[Any]) -> list[str]:
-    """Go on with the run until it is complete and right; the names of all its jobs."""
-    code, _, err = lemonade(slurm, home, "search", "slurm.yaml", "--run", "run")
-    assert code == 0, err
-    assert front(slurm, home, "run") == expected
-    wait_for("no job is left", lambda: not running(slurm), 30)
-    run_id = json.loads((home / "run/run.json").read_text())["run"][:8]
-    return sorted({job["name"] for job in slurm.jobs() if run_id in job["name"]})
-
-
-def begun(slurm: Slurm, home: Path) -> subprocess.Popen[str]:
-    """A search in the middle of its work, on four nodes."""
-    search = start(slurm, home, *LEMONADE, "search", "slurm.yaml", "--run", "run")
-    wait_for("children are trained", lambda: len(list((home / "run/children").glob("*/*"))) > 4)
-    return search
-
-
-def ended(search: subprocess.Popen[str]) -> None:
-    """Wait for a search to complete."""
-    _, err = search.communicate(timeout=150)
-    assert search.returncode == 0, err
 
 
 def test_the_front_is_that_of_the_local_backend_bit_for_bit(slurm: Slurm, home: Path, expected: list[Any]) -> None:

@@ -1,0 +1,71 @@
+"""Searches on the Slurm of the tests, as its ordinary user has them: how they are started, followed and compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from slurm import Slurm, wait_for
+
+LEMONADE = (sys.executable, "-m", "lemonade_hpc.cli")
+CONFIG = """
+data: {{name: digits}}
+objectives: [{{name: val_error}}, {{name: params, min: 100, max: 30000}}]
+search: {{mode: generational, children: 24, proposals: 20, accepted: 8}}
+training: {{initial_epochs: 3, epochs: 1}}
+cluster:
+  {{backend: {backend}, workers: 4, device: cpu, mem_gb: 1, time_min: 10, status_s: 1, submit_s: 1, poll_s: 0.1,
+    stale_s: 0{more}}}
+"""
+
+
+def start(slurm: Slurm, home: Path, *command: str) -> subprocess.Popen[str]:
+    """A process of the ordinary user's."""
+    return subprocess.Popen(
+        command, cwd=home, env=slurm.environment() | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, user=slurm.user.pw_uid, group=slurm.user.pw_gid,
+    )  # fmt: skip
+
+
+def lemonade(slurm: Slurm, home: Path, *arguments: str, timeout_s: float = 150) -> tuple[int, str, str]:
+    """A command: its exit code and what it said."""
+    process = start(slurm, home, *LEMONADE, *arguments)
+    out, err = process.communicate(timeout=timeout_s)
+    return process.returncode, out, err
+
+
+def front(slurm: Slurm, home: Path, run: str) -> list[Any]:
+    """What must be equal: numbers, networks, objectives, and every bit of the weights."""
+    assert lemonade(slurm, home, "verify", run)[0] == 0
+    members = json.loads(lemonade(slurm, home, "front", run, "--json")[1])
+    return [(m["id"], m["digest"], m["objectives"], m["weights"]["sha256"]) for m in members]
+
+
+def running(slurm: Slurm) -> list[dict[str, str]]:
+    return [job for job in slurm.jobs() if job["state"] in ("RUNNING", "PENDING", "COMPLETING")]
+
+
+def finished(slurm: Slurm, home: Path, expected: list[Any]) -> list[str]:
+    """Go on with the run until it is complete and right; the names of all its jobs."""
+    code, _, err = lemonade(slurm, home, "search", "slurm.yaml", "--run", "run")
+    assert code == 0, err
+    assert front(slurm, home, "run") == expected
+    wait_for("no job is left", lambda: not running(slurm), 30)
+    run_id = json.loads((home / "run/run.json").read_text())["run"][:8]
+    return sorted({job["name"] for job in slurm.jobs() if run_id in job["name"]})
+
+
+def begun(slurm: Slurm, home: Path) -> subprocess.Popen[str]:
+    """A search in the middle of its work, on four nodes."""
+    search = start(slurm, home, *LEMONADE, "search", "slurm.yaml", "--run", "run")
+    wait_for("children are trained", lambda: len(list((home / "run/children").glob("*/*"))) > 4)
+    return search
+
+
+def ended(search: subprocess.Popen[str]) -> None:
+    """Wait for a search to complete."""
+    _, err = search.communicate(timeout=150)
+    assert search.returncode == 0, err
