@@ -29,8 +29,8 @@ from lemonade_hpc.run.record import History
 from lemonade_hpc.search import evolution
 
 BEAT_S = 2.0
-ASSIGNED_AHEAD = 2
-"""Children a worker has at a time: one in training, the next one waiting."""
+MAX_AHEAD = 64
+"""Most children that wait behind the one in training."""
 FILL_S = 20.0
 """How long a coordinator that leaves may take to find work for the workers that go on."""
 FILL_AHEAD = 20
@@ -98,8 +98,9 @@ class Coordinator:
             return
         reason = self._reason_to_leave()
         if reason is None:
-            self._ask(ASSIGNED_AHEAD)
-            self._dispatch(ASSIGNED_AHEAD)
+            ahead = self._ahead()
+            self._ask(ahead)
+            self._dispatch(ahead)
         elif self._crew.drain() and not self._arrived:
             raise Halted(reason)
 
@@ -224,7 +225,7 @@ class Coordinator:
         if not self._backend.lasting:
             return
         deadline = time.monotonic() + FILL_S
-        for ahead in range(ASSIGNED_AHEAD + 1, self._worth_filling() + 1):
+        for ahead in range(self._ahead() + 1, self._worth_filling() + 1):
             if time.monotonic() > deadline or self.history.state.complete:
                 break
             self._ask(ahead)
@@ -232,9 +233,16 @@ class Coordinator:
 
     def _worth_filling(self) -> int:
         """How many children a worker may train in what its job's time limit allows."""
-        cluster, num = self.config.cluster, self.history.state.num_committed
-        mean_s = self.history.wall_s / num if num else math.inf
-        return min(FILL_AHEAD, math.ceil(cluster.time_min * 60 / mean_s)) if mean_s else FILL_AHEAD
+        return min(FILL_AHEAD, self._num_trained_in(60 * self.config.cluster.time_min))
+
+    def _ahead(self) -> int:
+        """Children a worker has at a time: one in training, and those that it ends before it is given more."""
+        return 1 + min(MAX_AHEAD, self._num_trained_in(2 * self._poll_s))
+
+    def _num_trained_in(self, seconds: float) -> int:
+        """How many children a worker trains in that time, rounded up, as far as is known."""
+        num, wall_s = self.history.state.num_committed, self.history.wall_s
+        return math.ceil(seconds * num / wall_s) if wall_s else 1
 
     # ------------------------------------------------------------ files
 

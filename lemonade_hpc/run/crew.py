@@ -122,7 +122,8 @@ class Crew:
                 continue
             self._hear(handle, last_words=handle.said_bye is not None)
             if handle.name in self.handles:
-                self._gone[handle.name] = (handle, bool(handle.tasks))
+                if handle.name in self._ledger.history.workers:  # else it is on record how it ended
+                    self._gone[handle.name] = (handle, bool(handle.tasks))
                 self._release(handle)
         for handle, abandoned in list(self._gone.values()):
             self._explain(handle, abandoned)

@@ -43,8 +43,8 @@ SPARE_S = 60.0
 """A child is to end, or to be saved, this long before the time limit of the worker's job."""
 WORTH_S = 300.0
 """A child that would not end before that is begun all the same where there is this much time: it goes on elsewhere."""
-LEAST_WAIT = 0.1
-"""Share of `poll_s` between two looks at its mailbox, however fast its trainer reports."""
+LEAST_WAIT_S = 0.002
+"""Time between two looks at its trainer, however fast that one reports."""
 SAVE_S = 10.0
 """How long a worker that must leave waits for its child's checkpoint."""
 
@@ -75,7 +75,8 @@ class Worker:
         """Whether its child was saved since."""
         self._start_trainer = start_trainer
         self._trainer: Trainer | None = None
-        self._ready = False
+        self._ready = self._unfit = False
+        """Whether its trainer has said that it is ready; whether one has died before it did."""
         self._done = LogWriter(run / files.done_log(name))
         self._epoch = 0
         self._assigned = LogReader(Path())
@@ -103,7 +104,8 @@ class Worker:
                 return self._leave("stopped by the coordinator")
         if self._assigned.num_damaged:
             return self._leave("its mailbox is damaged")
-        if not self._attend():
+        self._attend()
+        if self._unfit:
             return self._leave(UNFIT)
         now = time.monotonic()
         if self.signalled:
@@ -123,13 +125,18 @@ class Worker:
         return now - self._idle_since < self._idle_exit_s or self._leave("idle")
 
     def wait(self) -> None:
-        """Wait for `poll_s`, or until the trainer reports; but never so short that it strains a far file system."""
-        time.sleep(self.poll_s * LEAST_WAIT)
-        rest = self.poll_s * (1 - LEAST_WAIT)
-        if self._trainer is None:
-            time.sleep(rest)
-        else:
-            self._trainer.wait(rest)
+        """Wait for `poll_s`; a trainer that has something to say is heard at once, and goes on with the next child.
+
+        The mailbox is left alone meanwhile: it may be far away.
+        """
+        until = time.monotonic() + self.poll_s
+        while not self._unfit and (left := until - time.monotonic()) > 0:
+            if self._trainer is None:
+                time.sleep(left)
+            else:
+                time.sleep(min(LEAST_WAIT_S, left))
+                self._trainer.wait(left)
+                self._attend()
 
     # ------------------------------------------------------------ the coordinator
 
@@ -212,8 +219,8 @@ class Worker:
 
     # ------------------------------------------------------------ the trainer
 
-    def _attend(self) -> bool:
-        """Hear the trainer, notice its death, start the next task; False if trainers cannot start here."""
+    def _attend(self) -> None:
+        """Hear the trainer, notice its death, start the next task."""
         if self._trainer is not None:
             for message in self._trainer.poll():
                 self._hear(message)
@@ -223,7 +230,8 @@ class Worker:
                     self._hear(message)
                 if not self._ready:
                     self._say("unfit", reason=reason)
-                    return False
+                    self._unfit = True
+                    return
                 self._bury(reason)
             elif self._current and time.monotonic() > self._deadline:
                 self._fail("timeout", f"longer than cluster.child_timeout_min = {self._timeout_s / 60:g} minutes")
@@ -236,7 +244,6 @@ class Worker:
                 self._trainer = self._start_trainer(self._epoch)
             self._say("started", child=self._current["child"], attempt=self._current["attempt"])
             self._trainer.send(self._current)
-        return True
 
     def _may_begin(self) -> bool:
         leaving = self.signalled or self._leaving is not None

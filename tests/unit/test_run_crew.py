@@ -59,6 +59,12 @@ class FakeCluster(doubles.FakeBackend):
     def ended(self, name: str) -> str | None:
         return self.ends.get(name, "died")
 
+    def adopt(self, name: str, launch: str, place: int) -> None:
+        self.node_of.setdefault(name, "elsewhere")
+
+    def last_output(self, name: str) -> str:
+        return f"on {self.node_of[name]}"  # only of workers that it was told of
+
 
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +179,23 @@ def test_workers_that_end_for_no_fault_of_theirs_are_replaced_and_end_no_run(run
     assert doubles.front(history) == doubles.front(doubles.search(run.with_name("other"), settings()))
 
 
+def test_a_worker_whose_end_is_on_record_is_not_asked_after_again(run: Path) -> None:
+    """It has reported on a child, which waits for an earlier one; then it died, and later its coordinator."""
+    backend = FakeCluster(run, lambda node, task: "hang" if task["child"] == 4 else None)
+    made = doubles.start(run, settings(), backend)
+    while 5 not in made._arrived:
+        made._turn()
+    (name,) = [one.worker for one in made.history.attempts[5]]
+    backend.die(name)
+    made._turn()
+    (left,) = [event for event in told(run, "left") if event["worker"] == name]
+    made._crew.close()
+    made._ledger.close()
+    history = doubles.search(run, settings(), backend=FakeCluster(run))
+    assert history.state.complete and [e for e in told(run, "left") if e["worker"] == name] == [left]
+    assert sum(history.departures.values()) == history.num_launched
+
+
 def test_a_worker_whose_end_is_not_known_yet_is_not_replaced(run: Path) -> None:
     """It may have been cancelled by a person. Its children go elsewhere at once."""
     backend = FakeCluster(run, lambda node, task: "hang")
@@ -225,7 +248,7 @@ def test_workers_that_were_cancelled_before_a_coordinators_life_are_replaced(run
 def test_where_no_worker_was_ever_heard_of_the_run_folder_is_asked_after(run: Path) -> None:
     class Blind(FakeCluster):
         def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
-            pass
+            self.node_of |= dict.fromkeys(names, "nowhere")
 
     with pytest.raises(
         RunFailed, match=r"10 workers in a row .*None has ever been heard of: can the nodes see and write /"
@@ -374,11 +397,24 @@ def test_in_generational_mode_it_can_give_no_more_than_the_generation_holds(run:
     assert doubles.front(history) == doubles.front(other)
 
 
-@pytest.mark.parametrize(("wall_s", "expected"), [(0.0, coordinator.FILL_AHEAD), (4000.0, 4), (1e9, 1)])
+@pytest.mark.parametrize(("wall_s", "expected"), [(1e-3, coordinator.FILL_AHEAD), (4000.0, 4), (1e9, 1)])
 def test_as_many_children_as_fit_a_workers_time_are_worth_giving(run: Path, wall_s: float, expected: int) -> None:
     made = doubles.start(run, settings(time_min=240), FakeCluster(run))
     while made.history.state.num_committed < 3:
         made._turn()
     made.history.wall_s = made.history.state.num_committed * wall_s
     assert made._worth_filling() == expected
+    made.close()
+
+
+@pytest.mark.parametrize(("wall_s", "expected"), [(0.0, 2), (1e9, 2), (1.0, 3), (0.5, 5), (1e-9, 65)])
+def test_short_children_are_handed_out_by_the_handful(run: Path, wall_s: float, expected: int) -> None:
+    """One in training, and as many as it ends in two of the coordinator's turns."""
+    backend = FakeCluster(run, lambda node, task: "hang" if task["child"] > 5 else None)
+    made = doubles.start(run, settings("steady_state", children=400, poll_s=1.0), backend)
+    for _ in range(20):
+        made._turn()
+    assert {len(one.tasks) for one in made._crew.handles.values()} == {5}  # for a fake child takes half a second
+    made.history.wall_s = made.history.state.num_committed * wall_s
+    assert made._ahead() == expected
     made.close()
