@@ -60,6 +60,8 @@ TRANSIENT = (
     "timed out", "unable to contact", "connection refused", "temporarily", "try again", "maxsubmit", "grpsubmit",
 )  # fmt: skip
 """What sbatch says, among other words, where the same call may succeed later."""
+NO_TASK = "4294967294"
+"""Stands for the index that tasks of an array have lost."""
 TASKS = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 """Indices of tasks that are told of together: "3", "3-5", "0-200:2"."""
 NODES_MAY_BE_DOWN = "requested node configuration is not available"
@@ -323,16 +325,16 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
     """
     answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r")
     if answer is not None:
-        found = _named(run_id, (line.split("|") for line in answer.splitlines()))
+        found = _named(run_id, wanted, (line.split("|") for line in answer.splitlines()))
     else:
         answer = ask("scontrol", "show", "job", "--oneliner")
-        found = _named(run_id, map(_told_by_scontrol, (answer or "").splitlines()))
+        found = _named(run_id, wanted, map(_told_by_scontrol, (answer or "").splitlines()))
     if answer is None or not found.keys() >= set(wanted):
         name = ",".join(sorted({prefix(run_id) + launch for launch, _ in wanted}))
         past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State")
         if answer is None and past is None:
             return None
-        found = _named(run_id, (line.split("|") for line in (past or "").splitlines())) | found
+        found = _named(run_id, wanted, (line.split("|") for line in (past or "").splitlines())) | found
     return Answer(found, answer is not None)
 
 
@@ -374,7 +376,7 @@ def _told_by_scontrol(line: str) -> Sequence[str]:
     said = dict(part.partition("=")[::2] for part in line.split())
     array, task = said.get("ArrayJobId", said.get("JobId", "")), said.get("ArrayTaskId")
     name, state, reason = (said.get(key, "") for key in ("JobName", "JobState", "Reason"))
-    return (f"{array}_{task}" if task else array, name, state, reason)
+    return (array if task in (None, NO_TASK) else f"{array}_{task}", name, state, reason)
 
 
 def _site_limit() -> int | None:
@@ -383,21 +385,22 @@ def _site_limit() -> int | None:
     return int(found[1]) if found else None
 
 
-def _named(run_id: str, rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
+def _named(run_id: str, wanted: Collection[Place], rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
     """The jobs of a run's workers, of rows of id, name, state and reason; anything else is passed over.
 
     Tasks that wait, or were cancelled while they did, are told of together, and accounting goes on to do so when some
-    have begun: what is said of one by itself counts more.
+    have begun: what is said of one by itself counts more. Those that were cancelled by name have lost their indices:
+    what has none is said of every place that is `wanted`.
     """
     alone: dict[Place, Job] = {}
     together: dict[Place, Job] = {}
     for row in rows:
         if len(row) >= 3 and row[1].startswith(prefix(run_id)) and row[2]:
-            number, _, tasks = row[0].partition("_")
+            launch, (number, _, tasks) = row[1].removeprefix(prefix(run_id)), row[0].partition("_")
             found = alone if tasks.isdigit() else together
-            for task in _tasks(tasks or "0"):
-                job = Job(f"{number}_{task}" if tasks else number, row[2].split()[0], *row[3:4])
-                found[row[1].removeprefix(prefix(run_id)), task] = job
+            for task in _tasks(tasks) if tasks else {0, *(place for one, place in wanted if one == launch)}:
+                id = f"{number}_{task}" if tasks or task else number
+                found[launch, task] = Job(id, row[2].split()[0], *row[3:4])
     return together | alone
 
 

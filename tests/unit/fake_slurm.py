@@ -32,6 +32,7 @@ KNOWN = {"partition": {"main", "urgent"}, "account": {"lab"}, "qos": {"normal"}}
 """What a job may name; a kind that is not here has no members."""
 NO_CONTROLLER = "Unable to contact slurm controller (connect failure)"
 TIMED_OUT = "Socket timed out on send/recv operation"
+NO_TASK = "4294967294"
 NO_NODES = "Requested node configuration is not available"
 LIMITED = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
 REFUSALS = {
@@ -83,6 +84,11 @@ class Job:
     """When it is killed, and what it is then said to have died of."""
     ended: float = math.inf
     cancelled: bool = False
+    begun: bool = False
+    known_as: str = ""
+    """Its index in an array and those of the tasks that waited with it, as accounting goes on to tell them."""
+    rest: bool = False
+    """Whether it was cancelled by name before it began: such tasks of an array have no index any more."""
 
     @property
     def id(self) -> str:
@@ -126,7 +132,7 @@ class FakeSlurm:
         self._queue: list[Job] = []
         """Those that squeue shows."""
         self._broken: dict[str, float] = {}
-        self._next = 1
+        self._next = 7001
 
     # ------------------------------------------------------------ what happens
 
@@ -175,12 +181,16 @@ class FakeSlurm:
                 job.reason = "JobArrayTaskLimit"
             elif fitting:
                 free.remove(fitting[0])
-                job.node, job.state, job.reason = fitting[0], "RUNNING", "None"
+                job.node, job.state, job.reason, job.begun = fitting[0], "RUNNING", "None", True
                 job.ends = self.now + 60 * float(job.options.get("time", "inf"))
                 self.begins(job)
             else:
                 head = head or job
                 job.reason = "Resources" if head.number == job.number else "Priority"
+        for tasks in _unbegun(self._queue).values():
+            if tasks[0].reason in ("Resources", "Priority"):
+                for job in tasks:
+                    job.known_as = job.known_as or _listed(tasks)
 
     def _is_due(self, job: Job) -> bool:
         """Of the jobs with one name and `singleton` one runs at a time, in the order of submission."""
@@ -276,7 +286,7 @@ class FakeSlurm:
             if all(str(job.number) != wanted.partition("_")[0] for job in self._queue):
                 return Answer(1, "", "slurm_load_jobs error: Invalid job id specified\n")
             shown = [job for job in shown if wanted in (job.id, str(job.number))]
-        rows = [(job.id, job) for job in shown] if "array" in options else _together(shown)
+        rows = [(_id(job, index), job) for index, job in _records(shown, each="array" in options)]
         return Answer(0, "".join(f"{_formatted(options['format'], id, job)}\n" for id, job in rows))
 
     def _scontrol(self, words: list[str]) -> Answer:
@@ -286,8 +296,8 @@ class FakeSlurm:
         if words[1] == "config":
             return Answer(0, f"Configuration data as of now\nMaxArraySize            = {self.max_array}\n")
         lines = []
-        for id, job in _together(self._queue, "{}"):
-            array = f" ArrayJobId={job.number} ArrayTaskId={id.partition('_')[2]}" if job.task is not None else ""
+        for index, job in _records(self._queue):
+            array = f" ArrayJobId={job.number} ArrayTaskId={index or NO_TASK}" if job.task is not None else ""
             told = f"JobName={job.name} UserId=lemonade({UID}) JobState={job.state} Reason={job.reason}"
             lines.append(f"JobId={job.number}{array} {told}\n")
         return Answer(0, "".join(lines) or "No jobs in the system\n")
@@ -302,11 +312,13 @@ class FakeSlurm:
         if "j" in options:
             shown = [job for job in shown if options["j"] in (job.id, str(job.number))]
         rows = []
-        for id, job in _together(shown):
+        for index, job in _records(shown):
+            if index and not job.begun and not job.known_as:
+                continue
             state = f"CANCELLED by {UID}" if job.cancelled else job.state
-            rows.append(
-                "|".join({"JobID": id, "JobName": job.name, "State": state}[c] for c in options["o"].split(","))
-            )
+            id = _id(job, index if job.begun or job.rest else job.known_as)
+            values = {"JobID": id, "JobName": job.name, "State": state}
+            rows.append("|".join(values[column] for column in options["o"].split(",")))
         return Answer(0, "".join(f"{row}\n" for row in rows))
 
     def _scancel(self, options: dict[str, str], words: list[str]) -> Answer:
@@ -317,13 +329,24 @@ class FakeSlurm:
             return Answer(
                 8, "", "".join(f"scancel: error: Kill job error on job id {w}: {NO_CONTROLLER}\n" for w in words)
             )
-        for job in list(self._queue):
-            chosen = job.id in words or str(job.number) in words
-            if options:
-                chosen = job.name == options["name"] and job.state == options["state"]
-            if chosen and job.state in ("PENDING", "RUNNING"):
-                job.cancelled = True
-                self.end(job, "CANCELLED")
+        living = [job for job in self._queue if job.state in ("PENDING", "RUNNING")]
+        if options:
+            chosen = [
+                job for job in living if job.name == options["name"] and options.get("state") in (None, job.state)
+            ]
+        else:
+            chosen = [job for job in living if job.id in words or str(job.number) in words]
+        for number, tasks in _unbegun(chosen).items():
+            whole = len(tasks) == len([job for job in _unbegun(living)[number] if job.state == "PENDING"])
+            for job in tasks:
+                job.rest = bool(options)
+                job.known_as = job.known_as or _listed(tasks)
+                if not whole:  # nobody knows any more of one that is cancelled while others wait on
+                    self._queue.remove(job)
+                    self.jobs.remove(job)
+        for job in chosen:
+            job.cancelled = True
+            self.end(job, "CANCELLED")
         return Answer()
 
 
@@ -367,17 +390,34 @@ def _ranges(tasks: Sequence[int]) -> str:
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _together(jobs: Iterable[Job], brackets: str = "[{}]") -> Iterator[tuple[str, Job]]:
-    """Jobs with their ids, where the tasks of an array that wait are one: "77_[3-5%4]"."""
-    waiting: dict[int, list[Job]] = {}
+def _listed(tasks: Sequence[Job]) -> str:
+    """The indices of tasks of one array: "3-5%4"."""
+    return _ranges([job.task for job in tasks if job.task is not None]) + tasks[0].throttle * (len(tasks) > 1)
+
+
+def _unbegun(jobs: Iterable[Job]) -> dict[int, list[Job]]:
+    """The tasks of arrays that have not begun, by the array."""
+    found: dict[int, list[Job]] = {}
     for job in jobs:
-        if job.state == "PENDING" and job.task is not None:
-            waiting.setdefault(job.number, []).append(job)
-        else:
-            yield job.id, job
-    for number, tasks in waiting.items():
-        inside = _ranges([job.task for job in tasks if job.task is not None]) + tasks[0].throttle
-        yield f"{number}_{brackets.format(inside)}", tasks[0]
+        if job.task is not None and not job.begun:
+            found.setdefault(job.number, []).append(job)
+    return found
+
+
+def _records(jobs: Sequence[Job], *, each: bool = False) -> Iterator[tuple[str, Job]]:
+    """What Slurm has of jobs, with its index in an array: of tasks that have not begun one for all, "3-5%4"."""
+    for job in jobs:
+        if job.task is None or job.begun or (each and not job.rest):
+            yield "" if job.task is None else f"{job.task}", job
+    for tasks in _unbegun(jobs).values():
+        if tasks[0].rest or not each:
+            yield "" if tasks[0].rest else _listed(tasks), tasks[0]
+
+
+def _id(job: Job, index: str) -> str:
+    if not index:
+        return f"{job.number}"
+    return f"{job.number}_{index}" if index.isdigit() else f"{job.number}_[{index}]"
 
 
 def _formatted(pattern: str, id: str, job: Job) -> str:

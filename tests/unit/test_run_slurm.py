@@ -310,6 +310,28 @@ def test_tasks_that_were_cancelled_together_are_known_and_one_that_had_begun_cou
         assert states == {3: "RUNNING"} | dict.fromkeys((2, 4, 8, 10, 12), "CANCELLED")
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("squeue", "77|lemonade-01234567-w0|CANCELLED|Resources\n77_0|lemonade-01234567-w0|RUNNING|None\n"),
+        (
+            "scontrol",
+            "JobId=78 ArrayJobId=77 ArrayTaskId=0 JobName=lemonade-01234567-w0 JobState=RUNNING Reason=None\n"
+            "JobId=77 ArrayJobId=77 ArrayTaskId=4294967294 JobName=lemonade-01234567-w0 JobState=CANCELLED Reason=x\n",
+        ),
+        ("sacct", "77_0|lemonade-01234567-w0|RUNNING\n77|lemonade-01234567-w0|CANCELLED by 1000\n"),
+    ],
+)
+def test_tasks_that_were_cancelled_by_name_before_they_began_are_known_without_their_index(
+    monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    answers(monkeypatch, **{command: said})
+    answer = slurm.jobs_of("0123456789", [("w0", 0), ("w0", 2), ("w9", 1)])
+    assert answer is not None
+    found = {place: (job.id, job.state) for place, job in answer.jobs.items()}
+    assert found == {("w0", 0): ("77_0", "RUNNING"), ("w0", 2): ("77_2", "CANCELLED")}
+
+
 def test_lists_of_tasks_are_asked_for_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho $SLURM_BITSTR_LEN\n")
     (tmp_path / "scontrol").chmod(0o755)
