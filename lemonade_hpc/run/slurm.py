@@ -10,11 +10,12 @@ asked nothing else.
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ Place = tuple[str, int]
 COORDINATOR = "coordinator"
 """Stands in a job's name where a worker's has its launch."""
 COMMANDS = ("sbatch", "squeue", "scancel", "srun")
+IN_FULL = {"SLURM_BITSTR_LEN": "0"}
+"""Else a list of tasks ends after 64 characters."""
 QUERY_TIMEOUT_S = 20.0
 JUDGED_FOR_S = 60.0
 SILENT_QUERIES = 2
@@ -53,8 +56,14 @@ ENDS = {
 """What a state says of how a worker ended."""
 STUCK = re.compile(r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|Partition\w+Limit|Max\w+PerJob|PerLimit")
 """In reasons for which a job waits until somebody changes something."""
-TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again", "maxsubmit")
+TRANSIENT = (
+    "timed out", "unable to contact", "connection refused", "temporarily", "try again", "maxsubmit", "grpsubmit",
+)  # fmt: skip
 """What sbatch says, among other words, where the same call may succeed later."""
+NO_TASK = "4294967294"
+"""Stands for the index that tasks of an array have lost."""
+TASKS = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
+"""Indices of tasks that are told of together: "3", "3-5", "0-200:2"."""
 NODES_MAY_BE_DOWN = "requested node configuration is not available"
 """What `sbatch --test-only` says where sbatch itself would let the job wait, or refuse it in the same words."""
 
@@ -316,16 +325,16 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
     """
     answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r")
     if answer is not None:
-        found = _named(run_id, (line.split("|") for line in answer.splitlines()))
+        found = _named(run_id, wanted, (line.split("|") for line in answer.splitlines()))
     else:
         answer = ask("scontrol", "show", "job", "--oneliner")
-        found = _named(run_id, map(_told_by_scontrol, (answer or "").splitlines()))
+        found = _named(run_id, wanted, map(_told_by_scontrol, (answer or "").splitlines()))
     if answer is None or not found.keys() >= set(wanted):
         name = ",".join(sorted({prefix(run_id) + launch for launch, _ in wanted}))
         past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State")
         if answer is None and past is None:
             return None
-        found = _named(run_id, (line.split("|") for line in (past or "").splitlines())) | found
+        found = _named(run_id, wanted, (line.split("|") for line in (past or "").splitlines())) | found
     return Answer(found, answer is not None)
 
 
@@ -367,7 +376,7 @@ def _told_by_scontrol(line: str) -> Sequence[str]:
     said = dict(part.partition("=")[::2] for part in line.split())
     array, task = said.get("ArrayJobId", said.get("JobId", "")), said.get("ArrayTaskId")
     name, state, reason = (said.get(key, "") for key in ("JobName", "JobState", "Reason"))
-    return (f"{array}_{task}" if task else array, name, state, reason)
+    return (array if task in (None, NO_TASK) else f"{array}_{task}", name, state, reason)
 
 
 def _site_limit() -> int | None:
@@ -376,22 +385,38 @@ def _site_limit() -> int | None:
     return int(found[1]) if found else None
 
 
-def _named(run_id: str, rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
-    """The jobs of a run's workers, of rows of id, name, state and reason; anything else is passed over."""
-    found: dict[Place, Job] = {}
+def _named(run_id: str, wanted: Collection[Place], rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
+    """The jobs of a run's workers, of rows of id, name, state and reason; anything else is passed over.
+
+    Tasks that wait, or were cancelled while they did, are told of together, and accounting goes on to do so when some
+    have begun: what is said of one by itself counts more. Those that were cancelled by name have lost their indices:
+    what has none is said of every place that is `wanted`.
+    """
+    alone: dict[Place, Job] = {}
+    together: dict[Place, Job] = {}
     for row in rows:
         if len(row) >= 3 and row[1].startswith(prefix(run_id)) and row[2]:
-            place = row[0].partition("_")[2] or "0"
-            if place.isdigit():
-                job = Job(row[0], row[2].split()[0], *row[3:4])
-                found[row[1].removeprefix(prefix(run_id)), int(place)] = job
-    return found
+            launch, (number, _, tasks) = row[1].removeprefix(prefix(run_id)), row[0].partition("_")
+            found = alone if tasks.isdigit() else together
+            for task in _tasks(tasks) if tasks else {0, *(place for one, place in wanted if one == launch)}:
+                id = f"{number}_{task}" if tasks or task else number
+                found[launch, task] = Job(id, row[2].split()[0], *row[3:4])
+    return together | alone
+
+
+def _tasks(said: str) -> Iterator[int]:
+    """The indices in "3", "[3-5,8%4]" or "0-200:2"."""
+    for part in said.strip("[]").partition("%")[0].split(","):
+        if found := TASKS.fullmatch(part):
+            yield from range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
 
 
 def ask(*command: str) -> str | None:
-    """What a command of Slurm's says; None where it fails or does not answer in time."""
+    """What a command of Slurm's says, lists of tasks in full; None where it fails or does not answer in time."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False, env=os.environ | IN_FULL
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

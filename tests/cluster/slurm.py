@@ -202,8 +202,11 @@ def open_way(*paths: Path) -> dict[Path, int]:
 
 
 @contextmanager
-def cluster(max_array: int = 1001) -> Iterator[Slurm]:
-    """A Slurm that is up, all nodes idle; stopped, with everything it wrote removed, at the end."""
+def cluster(max_array: int = 1001, more: str = "") -> Iterator[Slurm]:
+    """A Slurm that is up, all nodes idle; stopped, with everything it wrote removed, at the end.
+
+    `more`: further lines of its `slurm.conf`.
+    """
     if os.geteuid():
         raise RuntimeError("the Slurm of the tests needs root: it starts daemons that start jobs as another user")
     missing = [name for name in ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd") if not shutil.which(name)]
@@ -216,7 +219,7 @@ def cluster(max_array: int = 1001) -> Iterator[Slurm]:
     folder.chmod(0o755)
     slurm = Slurm(folder)
     try:
-        _start(slurm, max_array)
+        _start(slurm, max_array, more)
         yield slurm
     finally:
         _stop(slurm)
@@ -226,7 +229,7 @@ def cluster(max_array: int = 1001) -> Iterator[Slurm]:
         remove_user()
 
 
-def _start(slurm: Slurm, max_array: int) -> None:
+def _start(slurm: Slurm, max_array: int, more: str) -> None:
     folder = slurm.folder
     port, dbd_port, sql_port, *node_ports = free_ports(3 + len(NODES))
     host = socket.gethostname()
@@ -238,7 +241,7 @@ def _start(slurm: Slurm, max_array: int) -> None:
         "folder": folder, "host": host, "port": port, "dbd_port": dbd_port, "sql_port": sql_port, "nodes": nodes,
         "max_array": max_array,
     }  # fmt: skip
-    (folder / "slurm.conf").write_text(CONFIG.format(**words))
+    (folder / "slurm.conf").write_text(CONFIG.format(**words) + more)
     (folder / "gres.conf").write_text("".join(f"NodeName={name} Name=gpu File=/dev/null\n" for name in NODES))
     (folder / "slurmdbd.conf").touch(mode=0o600)
     (folder / "slurmdbd.conf").write_text(DBD_CONFIG.format(**words))

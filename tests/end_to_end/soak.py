@@ -1,11 +1,11 @@
 """A soak: thousands of fake children on a fake Slurm with a virtual clock, under a seeded schedule of faults.
 
-Coordinator, crew, Slurm backend, record, lease and workers are the real ones; beneath them nothing is: trainers that
-take virtual time, a queue, nodes, a clock. Faults: coordinators killed at any write and around sbatch, or told to go;
-workers killed, preempted, ended by their time limit; nodes that fail while their workers go on as zombies; a node that
-fails everything; a Slurm that does not answer, times out though it has accepted, or knows no accounting; children that
-always crash. After every turn it is checked that nothing is lost or counted twice; Slurm is never called too often; and
-at the end, `verify`, and the front of the search without faults.
+Coordinator, crew, Slurm backend, submitit, record, lease and workers are the real ones; beneath them nothing is:
+trainers that take virtual time, and `fake_slurm.py`, which answers command lines. Faults: coordinators killed at any
+write and around sbatch, or told to go; workers killed, preempted, ended by their time limit; nodes that fail while
+their workers go on as zombies; a node that fails everything; a Slurm that does not answer, times out though it has
+accepted, or knows no accounting; children that always crash. After every turn it is checked that nothing is lost or
+counted twice; Slurm is never called too often; and at the end, `verify`, and the front of the search without faults.
 
 `python tests/end_to_end/soak.py [--children 2000] [--seed 0]`
 """
@@ -19,12 +19,12 @@ import sys
 import time as real_time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from submitit.core import utils
 
 from lemonade_hpc import files
 from lemonade_hpc.run import coordinator, crew, lease, log, owner, record, session, slurm, worker
@@ -33,7 +33,9 @@ from lemonade_hpc.run.log import Message
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
+import fake_slurm  # noqa: E402
 import run_doubles as doubles  # noqa: E402
+from fake_slurm import Answer, FakeSlurm, Job  # noqa: E402
 
 WORKERS, NODES = 12, 16
 RATES = {  # per virtual second
@@ -44,23 +46,6 @@ RATES = {  # per virtual second
 
 class Killed(BaseException):
     """kill -9 of the coordinator."""
-
-
-@dataclass
-class Job:
-    """A task of an array."""
-
-    id: str
-    name: str
-    worker: str
-    launched: float
-    avoid: Sequence[str]
-    state: str = "PENDING"
-    node: str = ""
-    process: worker.Worker | None = None
-    ends: float = float("inf")
-    fate: str = "TIMEOUT"
-    """When it is killed, and what it is said to have died of."""
 
 
 class Trainer:
@@ -115,15 +100,15 @@ class World:
 
     def __init__(self, run: Path, seed: int, num_children: int, *, faults: bool) -> None:
         self.run, self.faults = run, faults
-        self.now = 1000.0
         self.chance = random.Random(seed)
-        self.jobs: list[Job] = []
-        self.processes: list[Job] = []
-        """Those whose worker runs, in a job or as a zombie."""
+        self.slurm = FakeSlurm(NODES, delay_s=5.0, begins=self.begin, ended=self.end)
+        self.waiting: list[tuple[Job, float]] = []
+        """Tasks that have begun and look for their pickle, and until when."""
+        self.processes: dict[Job, worker.Worker] = {}
+        """The workers that run, in a job or as a zombie."""
         self.saved: dict[int, float] = {}
         self.poison = {number for number in range(20, num_children) if self.chance.random() < 0.004}
         self.bad = {"n3"} if faults else set()
-        self.broken: dict[str, float] = {}
         self.down_until = self.now
         self.living: set[int] = set()
         self.pid = 0
@@ -135,6 +120,10 @@ class World:
         self.committed: dict[int, str] = {}
         self.hit: set[int] = set()
         """Children whose trainer was killed: none is hit twice, so that it stays within its budget."""
+
+    @property
+    def now(self) -> float:
+        return self.slurm.now
 
     def seconds(self, number: int) -> float:
         """How long a child trains: spread 4 to 1."""
@@ -149,39 +138,36 @@ class World:
         self.check()
 
     def advance(self, seconds: float) -> None:
-        self.now += seconds
-        free = [f"n{k}" for k in range(NODES) if f"n{k}" not in self.broken]
-        for node, until in list(self.broken.items()):
-            if until < self.now:
-                del self.broken[node]
-        busy = {job.node for job in self.jobs if job.state == "RUNNING"}
-        for job in self.jobs:
-            if job.state == "PENDING" and self.now - job.launched > 5 and self.now > self.down_until:
-                rooms = [node for node in free if node not in busy and node not in job.avoid]
-                if rooms:
-                    job.node, job.state = rooms[0], "RUNNING"
-                    busy.add(job.node)
-                    self.begin(job)
-            if job.state == "RUNNING" and self.now > job.ends:
-                self.end(job, job.fate)
-        for job in list(self.processes):
-            assert job.process is not None
-            if not job.process.step():
-                self.processes.remove(job)
+        self.slurm.controller = self.now + seconds > self.down_until
+        self.slurm.advance(seconds)
+        for job, until in list(self.waiting):
+            self.look_for_task(job, until)
+        for job, process in list(self.processes.items()):
+            if not process.step():
+                del self.processes[job]
                 if job.state == "RUNNING":
-                    job.state = "COMPLETED"
+                    self.slurm.end(job, "COMPLETED")
 
     def begin(self, job: Job) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SLURMD_NODENAME", job.node)
-            job.process = worker.Worker(self.run, job.worker, lambda epoch: Trainer(self, job.node))
-        self.processes.append(job)
+        """A job starts: submitit's, which looks for its pickle for a minute."""
+        self.waiting.append((job, self.now + 60))
 
-    def end(self, job: Job, state: str) -> None:
-        """The job is over; its process with it."""
-        job.state = state
-        if job in self.processes:
-            self.processes.remove(job)
+    def look_for_task(self, job: Job, until: float) -> None:
+        path = utils.JobPaths(Path(job.options["output"]).parent, job_id=job.id).submitted_pickle
+        if path.exists():
+            self.waiting.remove((job, until))
+            run, name = utils.DelayedSubmission.load(path).args
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("SLURMD_NODENAME", job.node)
+                self.processes[job] = worker.Worker(Path(run), name, lambda epoch: Trainer(self, job.node))
+        elif self.now > until:
+            self.slurm.end(job, "FAILED")
+
+    def end(self, job: Job) -> None:
+        """A job is over; its process with it, but not where its node is lost."""
+        self.waiting = [(other, until) for other, until in self.waiting if other is not job]
+        if job.state != "NODE_FAIL":
+            self.processes.pop(job, None)
 
     # ------------------------------------------------------------ faults
 
@@ -194,7 +180,7 @@ class World:
                 self.cause(what)
 
     def cause(self, what: str) -> None:
-        running = [job for job in self.jobs if job.state == "RUNNING"]
+        running = [job for job in self.slurm.running() if job in self.processes]
         if what == "kill the coordinator":
             self.kill_in = self.chance.randrange(6)
         elif what == "tell the coordinator to leave":
@@ -206,19 +192,18 @@ class World:
             return
         else:
             job = self.chance.choice(running)
-            assert job.process is not None
+            process = self.processes[job]
             if what == "preempt":
-                job.process.signalled = True
-                job.ends, job.fate = self.now + 20, "PREEMPTED"
+                process.signalled = True
+                self.slurm.preempt(job, grace_s=20)
             elif what == "kill a worker":
-                self.end(job, "FAILED")
+                self.slurm.end(job, "FAILED")
             elif what == "node fails":
-                job.state = "NODE_FAIL"  # its process goes on
-                self.broken[job.node] = self.now + 120
-            elif what == "kill a trainer" and isinstance(job.process._trainer, Trainer):
-                if job.process._current is not None and job.process._current["child"] not in self.hit:
-                    self.hit.add(job.process._current["child"])
-                    job.process._trainer.death = "killed by SIGKILL"
+                self.slurm.fail_node(job.node, for_s=120)
+            elif what == "kill a trainer" and isinstance(process._trainer, Trainer):
+                if process._current is not None and process._current["child"] not in self.hit:
+                    self.hit.add(process._current["child"])
+                    process._trainer.death = "killed by SIGKILL"
 
     def write(self) -> None:
         """The coordinator is about to write, or has just written: it may be killed here."""
@@ -235,47 +220,23 @@ class World:
         assert not calls or self.now - calls[-1] >= apart - 1e-6, f"{what} after {self.now - calls[-1]:.1f} s"
         calls.append(self.now)
 
-    def ask(self, *command: str) -> str | None:
-        """squeue, scontrol, sacct, scancel."""
-        name = command[0]
-        if name == "squeue":
+    def answer(self, command: Sequence[str], stdin: str | None) -> Answer:
+        """What the program is told, if at all."""
+        if command[0] == "squeue":
             self.called("status", 60)
-        if self.now < self.down_until:
-            return None if name != "sacct" or self.chance.random() < 0.5 else ""
-        if command[:3] == ("scontrol", "show", "config"):
-            return "MaxArraySize = 1001\n"
-        if name == "scancel":
-            for job in self.jobs:
-                if job.id == command[1]:
-                    self.end(job, "CANCELLED")
-            return ""
-        shown = self.jobs if name == "sacct" else self.jobs[-300:]
-        return "".join(f"{job.id}|{job.name}|{job.state}|None\n" for job in shown)
-
-    def executor(self, folder: Path) -> Any:
-        """submitit's, as far as it is used."""
-        from submitit.core.utils import FailedJobError
-
-        made = SimpleNamespace(options={})
-
-        def map_array(function: Any, runs: Sequence[str], names: Sequence[str]) -> list[Any]:
-            self.called("sbatch", 10)
-            self.write()
-            lot = self.chance.random() if self.faults else 1.0
-            if self.now < self.down_until and lot < 0.7:
-                raise FailedJobError("sbatch: error: Unable to contact slurm controller")
-            array = len(self.calls["sbatch"]) + 7000
-            for k, name in enumerate(names):
-                avoid = (made.options["exclude"] or "").split(",")
-                self.jobs.append(Job(f"{array}_{k}", made.options["job_name"], name, self.now, avoid))
-            self.write()
-            if lot < 0.1:
-                raise FailedJobError("sbatch: error: Socket timed out on send/recv operation")
-            return [SimpleNamespace(job_id=f"{array}_{k}") for k in range(len(names))]
-
-        made.update_parameters = made.options.update
-        made.map_array = map_array
-        return made
+        down = self.now < self.down_until
+        if command[0] != "sbatch":
+            self.slurm.accounting = not down or self.chance.random() < 0.5
+            self.slurm.lag_s = float("inf") if down else 0.0
+            return self.slurm.run(command, stdin)
+        self.called("sbatch", 10)
+        self.write()
+        lot = self.chance.random() if self.faults else 1.0
+        self.slurm.controller, self.slurm.mute = not down or lot >= 0.7, lot < 0.1
+        answer = self.slurm.run(command, stdin)
+        self.slurm.controller = not down
+        self.write()
+        return answer
 
     # ------------------------------------------------------------ what must hold
 
@@ -316,10 +277,7 @@ def installed(world: World) -> Iterator[None]:
             patch.setattr(module, "time", clock)
         patch.setattr(owner, "identity", identity)
         patch.setattr(owner, "judge", lambda who: "alive" if who["pid"] in world.living else "gone")
-        patch.setattr(slurm, "ask", world.ask)
-        patch.setattr("submitit.SlurmExecutor", world.executor)
-        patch.setattr(slurm.SlurmBackend, "_deliver", lambda self, name: None)
-        patch.setattr(slurm.SlurmBackend, "last_output", lambda self, name: "")
+        fake_slurm.install(patch, world.answer)
         patch.setattr(log.LogWriter, "append_texts", append)
         yield
 

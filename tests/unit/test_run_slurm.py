@@ -142,6 +142,8 @@ def test_a_refusal_is_told_before_anything_is_written(run: Path, queue: Queue, m
         "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
         "allocation failure: Unable to contact slurm controller (connect failure)",
         "allocation failure: Requested node configuration is not available",
+        "sbatch: error: QOSMaxSubmitJobPerUserLimit\nallocation failure: Job violates accounting/QOS policy",
+        "sbatch: error: AssocGrpSubmitJobsLimit\nallocation failure: Job violates accounting/QOS policy",
     ],
 )
 def test_a_slurm_that_cannot_say_just_now_is_no_refusal(queue: Queue, said: str) -> None:
@@ -256,6 +258,7 @@ def test_a_reason_to_wait_that_does_not_pass_is_told_once(run: Path, queue: Queu
 
 ONELINE = (
     "JobId=78 ArrayJobId=77 ArrayTaskId=3 JobName=lemonade-01234567-w0 UserId=u(1000) JobState=RUNNING Reason=None\n"
+    "JobId=77 ArrayJobId=77 ArrayTaskId=4,6-7%3 JobName=lemonade-01234567-w0 JobState=PENDING Reason=Resources\n"
     "JobId=79 JobName=lemonade-01234567-w9 UserId=u(1000) JobState=PENDING Reason=Priority\nrubbish\n\n"
 )
 
@@ -278,6 +281,7 @@ def test_scontrol_answers_where_squeue_does_not(monkeypatch: pytest.MonkeyPatch)
     assert answer is not None and answer.all and asked == ["squeue", "scontrol"]
     assert answer.jobs == {
         ("w0", 3): slurm.Job("77_3", "RUNNING", "None"), ("w9", 0): slurm.Job("79", "PENDING", "Priority"),
+        **{("w0", place): slurm.Job(f"77_{place}", "PENDING", "Resources") for place in (4, 6, 7)},
     }  # fmt: skip
 
 
@@ -291,6 +295,48 @@ def test_sacct_knows_what_the_queue_has_forgotten(monkeypatch: pytest.MonkeyPatc
     answers(monkeypatch, sacct=past)
     answer = slurm.jobs_of("0123456789", [("w0", 3)])
     assert answer is not None and not answer.all and answer.jobs["w0", 3].state == "CANCELLED"
+
+
+def test_tasks_that_were_cancelled_together_are_known_and_one_that_had_begun_counts_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Accounting lists it twice."""
+    past = "77_3|lemonade-01234567-w0|RUNNING\n77_[2-4,8-12:2%5]|lemonade-01234567-w0|CANCELLED by 1000\n"
+    for said in (past, "\n".join(past.splitlines()[::-1])):
+        answers(monkeypatch, squeue="", sacct=said)
+        answer = slurm.jobs_of("0123456789", [("w0", 3)])
+        assert answer is not None
+        states = {place: job.state for (_, place), job in answer.jobs.items()}
+        assert states == {3: "RUNNING"} | dict.fromkeys((2, 4, 8, 10, 12), "CANCELLED")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("squeue", "77|lemonade-01234567-w0|CANCELLED|Resources\n77_0|lemonade-01234567-w0|RUNNING|None\n"),
+        (
+            "scontrol",
+            "JobId=78 ArrayJobId=77 ArrayTaskId=0 JobName=lemonade-01234567-w0 JobState=RUNNING Reason=None\n"
+            "JobId=77 ArrayJobId=77 ArrayTaskId=4294967294 JobName=lemonade-01234567-w0 JobState=CANCELLED Reason=x\n",
+        ),
+        ("sacct", "77_0|lemonade-01234567-w0|RUNNING\n77|lemonade-01234567-w0|CANCELLED by 1000\n"),
+    ],
+)
+def test_tasks_that_were_cancelled_by_name_before_they_began_are_known_without_their_index(
+    monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    answers(monkeypatch, **{command: said})
+    answer = slurm.jobs_of("0123456789", [("w0", 0), ("w0", 2), ("w9", 1)])
+    assert answer is not None
+    found = {place: (job.id, job.state) for place, job in answer.jobs.items()}
+    assert found == {("w0", 0): ("77_0", "RUNNING"), ("w0", 2): ("77_2", "CANCELLED")}
+
+
+def test_lists_of_tasks_are_asked_for_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho $SLURM_BITSTR_LEN\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert slurm.ask("scontrol", "show", "job") == "0\n"
 
 
 def test_where_nobody_answers_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

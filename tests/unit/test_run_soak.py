@@ -32,6 +32,6 @@ def test_faults_lose_nothing_and_change_no_front(run: Path, seed: int) -> None:
 def test_the_soak_sees_calls_that_come_too_often(run: Path) -> None:
     world = soak.World(run, 0, 1, faults=False)
     world.called("sbatch", 10)
-    world.now += 9.9
+    world.slurm.now += 9.9
     with pytest.raises(AssertionError, match=r"sbatch after 9\.9 s"):
         world.called("sbatch", 10)
