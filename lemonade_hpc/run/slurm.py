@@ -21,8 +21,8 @@ from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, ConfigError
-from lemonade_hpc.run import owner, worker
-from lemonade_hpc.run.backends import CANCELLED, DIED, LAST_BYTES, THREAD_LIMITS, Refused
+from lemonade_hpc.run import owner, site, worker
+from lemonade_hpc.run.backends import CANCELLED, DIED, LAST_BYTES, REQUEUED, THREAD_LIMITS, NotNow, Refused
 
 Place = tuple[str, int]
 """The first worker of a launch, and the index of a task of its array."""
@@ -34,6 +34,7 @@ QUERY_TIMEOUT_S = 20.0
 JUDGED_FOR_S = 60.0
 SILENT_QUERIES = 2
 """A worker that has said nothing for as long as this many queries are apart is looked up."""
+UNKNOWN_NODES = ("(null)", "None assigned")
 CONFIRMATIONS = 2
 """How often a job must be seen to have ended before its worker counts as gone."""
 UNSEEN_S = 900.0
@@ -43,6 +44,9 @@ ENDED = frozenset({
     "TIMEOUT",
 })  # fmt: skip
 """States that a job which is not requeued never leaves; any other, known or not, is a life."""
+AGAIN = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
+"""States of a job that has not begun. Of a worker that was heard of they say that its job is to begin anew: a worker
+lives once, so it is over."""
 SIGNAL_S = 30
 """Slurm signals a worker this long before its time limit, which it has left a little before by itself."""
 ENDS = {
@@ -51,10 +55,14 @@ ENDS = {
     "OUT_OF_MEMORY": "out of memory", "PREEMPTED": "preempted", "TIMEOUT": "time limit",
 }  # fmt: skip
 """What a state says of how a worker ended."""
-STUCK = re.compile(r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|Partition\w+Limit|Max\w+PerJob|PerLimit")
+STUCK = re.compile(
+    r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|PartitionConfig|Partition\w+Limit|Max\w+PerJob|PerLimit"
+)
 """In reasons for which a job waits until somebody changes something."""
-TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again", "maxsubmit")
-"""What sbatch says, among other words, where the same call may succeed later."""
+TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again")
+"""What sbatch says, among other words, where the same call may succeed later, or has succeeded."""
+CROWDED = re.compile(r"\w*SubmitJob\w*Limit")
+"""What it says, among other words, where its user, account or QOS has as many jobs in the queue as it may."""
 NODES_MAY_BE_DOWN = "requested node configuration is not available"
 """What `sbatch --test-only` says where sbatch itself would let the job wait, or refuse it in the same words."""
 
@@ -67,16 +75,25 @@ def check(cluster: Cluster) -> None:
             f"cluster.backend: got slurm, but {', '.join(missing)} cannot be found here; go to a node where jobs are "
             f"submitted, or use backend: local"
         )
+    said = refusal(cluster)
+    if said is None or _may_pass(said) or CROWDED.search(said):
+        return
+    if NODES_MAY_BE_DOWN not in said.lower():
+        raise ConfigError(f"cluster: Slurm refuses a worker as these settings describe it. It says: {said}")
+    unmet = site.unmet(cluster, ask(*site.QUESTION) or "")
+    if unmet is not None:
+        raise ConfigError(f"{unmet}. Slurm says: {said}")
+
+
+def refusal(cluster: Cluster, count: int = 1) -> str | None:
+    """Why Slurm would not take an array of so many workers now; None where it would, or does not answer."""
+    command = ("sbatch", "--test-only", *((f"--array=0-{count - 1}",) if count > 1 else ()))
     text = script(cluster, "lemonade-check", Path("."))
     try:
-        command = ("sbatch", "--test-only")
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return
-    if done.returncode and not _may_pass(done.stderr) and NODES_MAY_BE_DOWN not in done.stderr.lower():
-        raise ConfigError(
-            f"cluster: Slurm refuses a worker as these settings describe it. It says: {done.stderr.strip()}"
-        )
+        return None
+    return done.stderr.strip() if done.returncode else None
 
 
 def _may_pass(said: str) -> bool:
@@ -146,7 +163,10 @@ class SlurmBackend:
         self._ended: dict[str, int] = {}
         """How many queries in a row saw a worker's job to have ended, or not at all."""
         self._last_state: dict[str, str] = {}
+        self._nodes: dict[str, str] = {}
         self._max_array: int | None = None
+        self._fits: int | None = None
+        """The largest array that may be taken, once one was refused for the number of jobs; None: any."""
         self._stuck: set[str] = set()
         """Reasons to wait that have been told."""
         self._unexplained: set[str] = set()
@@ -160,10 +180,24 @@ class SlurmBackend:
             return 0
         if self._max_array is None:
             self._max_array = min(self._cluster.max_array, _site_limit() or self._cluster.max_array)
-        return self._max_array
+        return self._max_array if self._fits is None else self._room_left()
+
+    def _room_left(self) -> int:
+        """How many more jobs Slurm takes of this user, who had too many: tried without submitting, now and then."""
+        assert self._fits is not None
+        if time.monotonic() - self._submitted_at < self._cluster.status_s:
+            return 0
+        self._submitted_at = time.monotonic()
+        if CROWDED.search(refusal(self._cluster, self._fits) or ""):
+            self._fits = max(1, self._fits // 2)
+            return 0
+        return self._fits
 
     def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
-        """Submit one array. Raises Refused; an error that may pass leaves the workers to be found, or given up."""
+        """Submit one array. Raises Refused, or NotNow where the queue holds as many jobs as its user may have.
+
+        Any other error that may pass leaves the workers to be found, or given up.
+        """
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError
 
@@ -174,10 +208,16 @@ class SlurmBackend:
         try:
             jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
         except FailedJobError as error:
+            if CROWDED.search(str(error)):
+                self._fits = max(1, len(names) // 2)
+                for name in names:
+                    del self._places[name]
+                raise NotNow(f"sbatch takes no {len(names)} more jobs now, so fewer workers run: {error}") from error
             if not _may_pass(str(error)):
                 raise Refused(str(error)) from error
             self._note(f"sbatch failed, which may pass: {error}")
         else:
+            self._fits = None if self._fits is None or self._fits >= self._cluster.workers else 2 * self._fits
             self._jobs |= {(names[0], place): job.job_id for place, job in enumerate(jobs)}
 
     def adopt(self, name: str, launch: str, place: int) -> None:  # noqa: D102
@@ -198,6 +238,10 @@ class SlurmBackend:
     def ended(self, name: str) -> str | None:
         """How its job ended, once Slurm has been asked."""
         state, seen = self._last_state.get(name), self._ended.get(name, 0)
+        if state in AGAIN and name in self._heard_at:
+            self._unexplained.discard(name)
+            self.kill(name)
+            return REQUEUED
         if state in ENDED or seen >= CONFIRMATIONS or name not in self._places:  # the last: it left long ago
             self._unexplained.discard(name)
             return ENDS.get(state or "", DIED)
@@ -209,6 +253,9 @@ class SlurmBackend:
         job = self._jobs.get(self._places.get(name, ("", 0)))
         if job is not None:
             ask("scancel", job)
+
+    def node(self, name: str) -> str | None:  # noqa: D102
+        return self._nodes.get(name)
 
     def last_output(self, name: str) -> str:  # noqa: D102
         launch, place = self._places[name]
@@ -232,6 +279,7 @@ class SlurmBackend:
                         self._judge(name, job.state if job else None)
                     if job is not None:
                         self._tell_if_stuck(job)
+                        self._nodes |= {name: job.node} if job.node else {}
 
     def _tell_if_stuck(self, job: Job) -> None:
         """Say it where a job waits for what will not come by itself."""
@@ -250,7 +298,7 @@ class SlurmBackend:
             return  # it was at work: Slurm may have forgotten a job that still writes its last words
         if state is not None:
             self._last_state[name] = state
-        if state is None or state in ENDED:
+        if state is None or state in ENDED or (state in AGAIN and name in self._heard_at):
             self._ended[name] = self._ended.get(name, 0) + 1
             return
         self._ended[name] = 0
@@ -287,6 +335,8 @@ class Job:
     state: str
     reason: str = ""
     """Why it waits."""
+    node: str = ""
+    """Where it runs, or ran."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +352,7 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
 
     sacct is asked too after `wanted` jobs that the queue has forgotten. It may not know yet of jobs just submitted.
     """
-    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r")
+    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r|%N")
     if answer is not None:
         found = _named(run_id, (line.split("|") for line in answer.splitlines()))
     else:
@@ -310,10 +360,10 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
         found = _named(run_id, map(_told_by_scontrol, (answer or "").splitlines()))
     if answer is None or not found.keys() >= set(wanted):
         name = ",".join(sorted({prefix(run_id) + launch for launch, _ in wanted}))
-        past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State")
+        past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State,NodeList")
         if answer is None and past is None:
             return None
-        found = _named(run_id, (line.split("|") for line in (past or "").splitlines())) | found
+        found = _named(run_id, map(_told_by_sacct, (past or "").splitlines())) | found
     return Answer(found, answer is not None)
 
 
@@ -351,11 +401,17 @@ def job_has_ended(job: str) -> bool | None:
 
 
 def _told_by_scontrol(line: str) -> Sequence[str]:
-    """Id, name and state of a job in one line of `key=value`."""
+    """Id, name, state, reason and node of a job in one line of `key=value`."""
     said = dict(part.partition("=")[::2] for part in line.split())
     array, task = said.get("ArrayJobId", said.get("JobId", "")), said.get("ArrayTaskId")
-    name, state, reason = (said.get(key, "") for key in ("JobName", "JobState", "Reason"))
-    return (f"{array}_{task}" if task else array, name, state, reason)
+    rest = (said.get(key, "") for key in ("JobName", "JobState", "Reason", "NodeList"))
+    return (f"{array}_{task}" if task else array, *rest)
+
+
+def _told_by_sacct(line: str) -> Sequence[str]:
+    """The same, of a line of id, name, state and node."""
+    id_, name, state, node = (line.split("|") + 4 * [""])[:4]
+    return (id_, name, state, "", node)
 
 
 def _site_limit() -> int | None:
@@ -365,13 +421,14 @@ def _site_limit() -> int | None:
 
 
 def _named(run_id: str, rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
-    """The jobs of a run's workers, of rows of id, name, state and reason; anything else is passed over."""
+    """The jobs of a run's workers, of rows of id, name, state, reason and node; anything else is passed over."""
     found: dict[Place, Job] = {}
     for row in rows:
         if len(row) >= 3 and row[1].startswith(prefix(run_id)) and row[2]:
             place = row[0].partition("_")[2] or "0"
             if place.isdigit():
-                job = Job(row[0], row[2].split()[0], *row[3:4])
+                reason, node = (*row[3:5], "", "")[:2]
+                job = Job(row[0], row[2].split()[0], reason, "" if node in UNKNOWN_NODES else node)
                 found[row[1].removeprefix(prefix(run_id)), int(place)] = job
     return found
 
