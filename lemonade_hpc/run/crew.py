@@ -210,6 +210,12 @@ class Crew:
         for handle in [one for one in self.handles.values() if one.node in history.excluded]:
             self._end(handle, "on an excluded node")
 
+    def pardon(self) -> None:
+        """Give excluded nodes workers again: whoever starts a run anew may have mended them."""
+        for node in list(self._ledger.history.excluded):
+            self._ledger.record({"event": "included", "node": node})
+            self._observer.note(f"node {node}, excluded before, may get workers again")
+
     # ------------------------------------------------------------ work
 
     def hand_out(self, numbers: list[int], ahead: int) -> None:

@@ -211,7 +211,7 @@ class History:
         self.fruitful: set[str] = set()
         """Nodes where a child has been trained."""
         self.excluded: dict[str, str] = {}
-        """Nodes that get no worker any more, and why."""
+        """Nodes that get no worker, and why."""
         self.wall_s = 0.0
         """Seconds that committed attempts took."""
         self.num_records = 0
@@ -238,6 +238,9 @@ class History:
             self._left(event)
         elif kind == "excluded":
             self.excluded[event["node"]] = event["reason"]
+        elif kind == "included":
+            del self.excluded[event["node"]]
+            self.strikes.pop(event["node"], None)
         elif kind == "attempt":
             node = self.workers[event["worker"]].node
             self.attempts[event["child"]].append(Attempt(event["attempt"], event["worker"], node))

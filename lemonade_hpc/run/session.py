@@ -74,6 +74,8 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
         with _signals(coordinator):
             try:
                 coordinator.adopt()
+                if not chain.is_link():
+                    coordinator.pardon()
                 coordinator.search()
             except Halted:
                 if chain.is_link():

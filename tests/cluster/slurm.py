@@ -63,6 +63,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=5
+{more}
 {nodes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=9 PreemptMode=OFF State=UP
@@ -202,8 +203,11 @@ def open_way(*paths: Path) -> dict[Path, int]:
 
 
 @contextmanager
-def cluster(max_array: int = 1001) -> Iterator[Slurm]:
-    """A Slurm that is up, all nodes idle; stopped, with everything it wrote removed, at the end."""
+def cluster(max_array: int = 1001, more: str = "") -> Iterator[Slurm]:
+    """A Slurm that is up, all nodes idle; stopped, with everything it wrote removed, at the end.
+
+    `more`: further lines of its slurm.conf.
+    """
     if os.geteuid():
         raise RuntimeError("the Slurm of the tests needs root: it starts daemons that start jobs as another user")
     missing = [name for name in ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd") if not shutil.which(name)]
@@ -216,7 +220,7 @@ def cluster(max_array: int = 1001) -> Iterator[Slurm]:
     folder.chmod(0o755)
     slurm = Slurm(folder)
     try:
-        _start(slurm, max_array)
+        _start(slurm, max_array, more)
         yield slurm
     finally:
         _stop(slurm)
@@ -226,7 +230,7 @@ def cluster(max_array: int = 1001) -> Iterator[Slurm]:
         remove_user()
 
 
-def _start(slurm: Slurm, max_array: int) -> None:
+def _start(slurm: Slurm, max_array: int, more: str) -> None:
     folder = slurm.folder
     port, dbd_port, sql_port, *node_ports = free_ports(3 + len(NODES))
     host = socket.gethostname()
@@ -236,7 +240,7 @@ def _start(slurm: Slurm, max_array: int) -> None:
     )
     words = {
         "folder": folder, "host": host, "port": port, "dbd_port": dbd_port, "sql_port": sql_port, "nodes": nodes,
-        "max_array": max_array,
+        "max_array": max_array, "more": more,
     }  # fmt: skip
     (folder / "slurm.conf").write_text(CONFIG.format(**words))
     (folder / "gres.conf").write_text("".join(f"NodeName={name} Name=gpu File=/dev/null\n" for name in NODES))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import backends, budgets, coordinator, crew, status
+from lemonade_hpc.run import backends, budgets, chain, coordinator, crew, status
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.log import LogWriter, Message
@@ -152,6 +152,21 @@ def test_where_all_nodes_are_excluded_the_run_ends_with_what_happened_there(run:
     said = r"no worker can be started: Requested node .*; excluded is n0: .*\. The last: .*cannot start .*\nno GPU"
     with pytest.raises(RunFailed, match=said):
         doubles.search(run, settings(), backend=Full(run, lambda node, task: "unfit"))
+    assert doubles.load(run, settings()).history.excluded.keys() == {"n0", "n1", "n2"}
+
+
+def test_a_person_who_starts_a_run_anew_may_have_mended_its_nodes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next coordinator of a chain is nobody who has."""
+
+    def excluded(words: Callable[[str, Message], str | None], children: int) -> list[str]:
+        return list(doubles.search(run, settings(children=children), backend=FakeCluster(run, words)).excluded)
+
+    assert excluded(lambda node, task: "unfit" if node == "n2" else None, 18) == ["n2"]
+    with monkeypatch.context() as patch:
+        patch.setenv(chain.LINK, "1")
+        assert excluded(lambda node, task: None, 24) == ["n2"]
+    assert excluded(lambda node, task: None, 30) == []
+    doubles.assert_sound(run)
 
 
 def test_a_child_that_crashes_everywhere_is_itself_at_fault(run: Path) -> None:
