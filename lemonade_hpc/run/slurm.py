@@ -22,7 +22,8 @@ from typing import Any
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, ConfigError
 from lemonade_hpc.run import owner, site, worker
-from lemonade_hpc.run.backends import CANCELLED, DIED, LAST_BYTES, REQUEUED, THREAD_LIMITS, NotNow, Refused
+from lemonade_hpc.run.backends import CANCELLED, DIED, LAST_BYTES, REQUEUED, NotNow, Refused
+from lemonade_hpc.run.request import gpus_of, parameters, script
 
 Place = tuple[str, int]
 """The first worker of a launch, and the index of a task of its array."""
@@ -47,8 +48,6 @@ ENDED = frozenset({
 AGAIN = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 """States of a job that has not begun. Of a worker that was heard of they say that its job is to begin anew: a worker
 lives once, so it is over."""
-SIGNAL_S = 30
-"""Slurm signals a worker this long before its time limit, which it has left a little before by itself."""
 ENDS = {
     "BOOT_FAIL": "node failure", "CANCELLED": CANCELLED, "COMPLETED": "completed", "DEADLINE": "time limit",
     "NODE_FAIL": "node failure",
@@ -98,50 +97,6 @@ def refusal(cluster: Cluster, count: int = 1) -> str | None:
 
 def _may_pass(said: str) -> bool:
     return any(words in said.lower() for words in TRANSIENT)
-
-
-def script(cluster: Cluster, name: str, folder: Path) -> str:
-    """The batch script of one worker."""
-    from submitit import SlurmExecutor
-
-    executor = SlurmExecutor(folder=folder)
-    executor.update_parameters(**parameters(cluster, name))
-    return str(executor._make_submission_file_text("true", "check"))
-
-
-def parameters(cluster: Cluster, name: str, avoid: Collection[str] = ()) -> dict[str, Any]:
-    """The arguments of submitit's executor: what is asked of Slurm for one worker."""
-    cpus = cluster.cpus_per_worker
-    gpus = f"gpu:{cluster.gpus_per_worker}" if cluster.gpus_per_worker else None
-    asked = {
-        "cpus_per_task": cpus,
-        "mem": f"{int(1024 * cluster.mem_gb)}M",
-        "gres": cluster.gres or gpus,
-        "no-requeue": True,
-        "reservation": cluster.reservation,
-    }
-    asked = {key: v for key, v in asked.items() if v is not None and key.replace("_", "-") not in cluster.skip}
-    further = {key: asked.pop(key) for key in ("no-requeue", "reservation") if key in asked}
-    return {
-        "job_name": name,
-        "time": cluster.time_min,
-        "signal_delay_s": SIGNAL_S,
-        "srun_args": [f"--cpus-per-task={cpus}"] if "cpus_per_task" in asked else [],  # from 22.05 on not inherited
-        **asked,
-        **{key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint", "wckey")},
-        "exclude": ",".join([*([cluster.exclude] if cluster.exclude else []), *sorted(avoid)]) or None,
-        "array_parallelism": cluster.max_array,
-        "setup": [*(f"export {key}={cpus}" for key in THREAD_LIMITS), *cluster.setup],
-        "additional_parameters": {**further, **cluster.extra},
-    }
-
-
-def gpus_of(cluster: Cluster) -> int:
-    """How many GPUs a worker is given."""
-    found = re.search(r"\bgpu(?::[^:,]+)??(?::(\d+))?(?:,|$)", cluster.gres or "")
-    if found:
-        return int(found[1] or 1)
-    return 0 if cluster.gres else cluster.gpus_per_worker
 
 
 class SlurmBackend:

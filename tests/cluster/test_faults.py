@@ -114,17 +114,32 @@ def hidden(slurm: Slurm, home: Path, command: str, timeout_s: float = 150) -> tu
 # ---------------------------------------------------------------- jobs that are touched (7, 9)
 
 
-def test_a_worker_that_is_requeued_is_over_and_its_job_too(slurm: Slurm, home: Path, expected: list[Any]) -> None:
+SLOW = """
+if trainer:
+    from lemonade_hpc.learn import checkpoints
+    due = checkpoints.Keeper._due
+    checkpoints.Keeper._due = lambda keeper, moment: time.sleep({}) or due(keeper, moment)
+"""
+
+
+def test_workers_that_are_requeued_or_ended_for_their_time_give_their_children_back(
+    slurm: Slurm, home: Path, expected: list[Any]
+) -> None:
+    """A worker lives once: its job, which would begin anew, is cancelled. Slurm looks at times every half a minute."""
+    settings(home, setup=[hook(home, SLOW.format(0.2))])
     search = begun(slurm, home)
-    job = running(slurm)[0]["id"]
+    ended_by_slurm, requeued = (job["id"] for job in running(slurm)[:2])
     with pytest.raises(RuntimeError, match="presently disabled"):
-        slurm.run("scontrol", "requeue", job)
-    slurm.run("scontrol", "update", f"JobId={job}", "Requeue=1", root=True)
-    slurm.run("scontrol", "requeue", job)
+        slurm.run("scontrol", "requeue", requeued)
+    slurm.run("scontrol", "update", f"JobId={requeued}", "Requeue=1", root=True)
+    slurm.run("scontrol", "requeue", requeued)
+    slurm.run("scontrol", "update", f"JobId={ended_by_slurm}", "EndTime=now", root=True)
     ended(search)
     assert finished(slurm, home, expected)
-    assert sound(slurm, home)["workers_left"]["requeued"] == 1
-    assert [one["state"] for one in slurm.jobs() if one["id"] == job] == ["CANCELLED"]
+    left = sound(slurm, home)["workers_left"]
+    assert left["requeued"] == left["time limit"] == 1
+    states = {job["id"]: job["state"] for job in slurm.jobs()}
+    assert (states[requeued], states[ended_by_slurm]) == ("CANCELLED", "TIMEOUT")
 
 
 def test_a_job_that_waits_for_what_does_not_come_by_itself_is_told(
@@ -143,18 +158,6 @@ def test_a_job_that_waits_for_what_does_not_come_by_itself_is_told(
     ended(search)
     assert finished(slurm, home, expected)
     assert sound(slurm, home)["attempts_lost"]["worker"] == 0
-
-
-def test_a_worker_that_slurm_ends_for_its_time_gives_its_children_back(
-    slurm: Slurm, home: Path, expected: list[Any]
-) -> None:
-    search = begun(slurm, home)
-    job = running(slurm)[0]["id"]
-    slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now", root=True)
-    ended(search)
-    assert finished(slurm, home, expected)
-    assert sound(slurm, home)["workers_left"]["time limit"] == 1
-    assert [one["state"] for one in slurm.jobs() if one["id"] == job] == ["TIMEOUT"]
 
 
 CHILDREN = """
@@ -262,13 +265,9 @@ def test_nodes_that_fail_everything_are_excluded(slurm: Slurm, home: Path, expec
     code = """
 if trainer and node == "n3":
     sys.exit("libfoo.so: not found")
-if trainer:
-    from lemonade_hpc.learn import checkpoints
-    due = checkpoints.Keeper._due
-    checkpoints.Keeper._due = lambda keeper, moment: time.sleep(0.05) or due(keeper, moment)
 """
     hole = 'if [ "$SLURMD_NODENAME" = n2 ]; then echo no scratch here >&2; exit 1; fi'
-    settings(home, setup=[hook(home, code), hole])
+    settings(home, setup=[hook(home, code + SLOW.format(0.05)), hole])
     finished(slurm, home, expected)
     assert sound(slurm, home)["nodes_excluded"].keys() == {"n2", "n3"}
     code, out, _ = lemonade(slurm, home, "status", "run")

@@ -15,7 +15,7 @@ import pytest
 
 from lemonade_hpc import config as configs
 from lemonade_hpc.config import Cluster, ConfigError
-from lemonade_hpc.run import session, slurm
+from lemonade_hpc.run import request, session, slurm
 from lemonade_hpc.run.backends import NotNow
 from lemonade_hpc.run.coordinator import RunFailed
 
@@ -114,7 +114,7 @@ def test_the_batch_script_says_what_the_settings_say(tmp_path: Path) -> None:
         cpus_per_worker=3, mem_gb=1.5, time_min=90, setup=("module load cuda",),
         extra={"reservation": "course", "exclusive": True},
     )  # fmt: skip
-    lines = slurm.script(settings, "some-name", tmp_path).splitlines()
+    lines = request.script(settings, "some-name", tmp_path).splitlines()
     options = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH --")]
     assert [o for o in options if not o.startswith(("output", "error", "open-mode", "signal"))] == [
         "account=lab", "constraint=a100", "cpus-per-task=3", "exclude=n7", "exclusive", "gres=gpu:2",
@@ -126,10 +126,10 @@ def test_the_batch_script_says_what_the_settings_say(tmp_path: Path) -> None:
 
 
 def test_what_is_not_set_is_not_asked_for(tmp_path: Path) -> None:
-    text = slurm.script(cluster(gpus_per_worker=0), "some-name", tmp_path)
+    text = request.script(cluster(gpus_per_worker=0), "some-name", tmp_path)
     for option in ("gres", "wckey", "partition", "account", "qos", "constraint", "exclude"):
         assert f"--{option}" not in text
-    assert "--gres=gpu:h100:1" in slurm.script(cluster(gres="gpu:h100:1"), "some-name", tmp_path)
+    assert "--gres=gpu:h100:1" in request.script(cluster(gres="gpu:h100:1"), "some-name", tmp_path)
 
 
 # ---------------------------------------------------------------- refusals
@@ -352,11 +352,11 @@ def test_a_successor_waits_before_its_first_calls(run: Path, queue: Queue) -> No
     [(None, 3), ("gpu:2", 2), ("gpu:a100:4", 4), ("gpu:a100", 1), ("gpu", 1), ("shard:8", 0), ("mps:1,gpu:h100:2", 2)],
 )
 def test_gpus_are_counted_from_what_is_asked_for(gres: str | None, expected: int) -> None:
-    assert slurm.gpus_of(cluster(gpus_per_worker=3, gres=gres)) == expected
+    assert request.gpus_of(cluster(gpus_per_worker=3, gres=gres)) == expected
 
 
 def test_options_that_a_site_does_not_take_are_left_out(tmp_path: Path) -> None:
-    text = slurm.script(cluster(skip=("mem", "gres", "cpus-per-task", "no-requeue")), "some-name", tmp_path)
+    text = request.script(cluster(skip=("mem", "gres", "cpus-per-task", "no-requeue")), "some-name", tmp_path)
     for option in ("mem", "gres", "cpus-per-task", "no-requeue"):
         assert f"--{option}" not in text
     with pytest.raises(ConfigError, match=r"cluster.skip"):
@@ -365,8 +365,8 @@ def test_options_that_a_site_does_not_take_are_left_out(tmp_path: Path) -> None:
 
 def test_reservation_and_nodes_to_avoid_are_asked_for(tmp_path: Path) -> None:
     settings = cluster(reservation="course", exclude="n7")
-    assert slurm.parameters(settings, "x", ["n9", "n3"])["exclude"] == "n7,n3,n9"
-    assert "#SBATCH --reservation=course" in slurm.script(settings, "some-name", tmp_path)
+    assert request.parameters(settings, "x", ["n9", "n3"])["exclude"] == "n7,n3,n9"
+    assert "#SBATCH --reservation=course" in request.script(settings, "some-name", tmp_path)
 
 
 # ---------------------------------------------------------------- lives
