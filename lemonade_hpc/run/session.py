@@ -94,6 +94,7 @@ def submit(config: Config, run: Path) -> str:
     """Check everything, as `search` does, and submit the run's coordinator as a job; its id. Raises ConfigError."""
     config, data = _to_submit(config)
     _check_backend(config)
+    slurm.check_script(chain.script(config, run, chain.job_name("check")), "the coordinator's job")
     _prepare(config, data, run)
     lease.check_free(run, take_over=False)
     return chain.begin(config, run)

@@ -74,20 +74,28 @@ def check(cluster: Cluster) -> None:
             f"cluster.backend: got slurm, but {', '.join(missing)} cannot be found here; go to a node where jobs are "
             f"submitted, or use backend: local"
         )
-    said = refusal(cluster)
-    if said is None or _may_pass(said) or CROWDED.search(said):
-        return
-    if NODES_MAY_BE_DOWN not in said.lower():
-        raise ConfigError(f"cluster: Slurm refuses a worker as these settings describe it. It says: {said}")
-    unmet = site.unmet(cluster, ask(*site.QUESTION) or "")
-    if unmet is not None:
-        raise ConfigError(f"{unmet}. Slurm says: {said}")
-
-
-def refusal(cluster: Cluster, count: int = 1) -> str | None:
-    """Why Slurm would not take an array of so many workers now; None where it would, or does not answer."""
-    command = ("sbatch", "--test-only", *((f"--array=0-{count - 1}",) if count > 1 else ()))
     text = script(cluster, "lemonade-check", Path("."))
+    said = check_script(text, "a worker as these settings describe it")
+    if said is not None and NODES_MAY_BE_DOWN in said.lower():
+        unmet = site.unmet(cluster, ask(*site.QUESTION) or "")
+        if unmet is not None:
+            raise ConfigError(f"{unmet}. Slurm says: {said}")
+
+
+def check_script(text: str, what: str) -> str | None:
+    """Ask Slurm, without submitting, whether it would take such a job; what it says where that may pass.
+
+    Raises ConfigError with what it says where it never would.
+    """
+    said = refusal(text)
+    if said is not None and not _may_pass(said) and not CROWDED.search(said) and NODES_MAY_BE_DOWN not in said.lower():
+        raise ConfigError(f"cluster: Slurm refuses {what}. It says: {said}")
+    return said
+
+
+def refusal(text: str, *options: str) -> str | None:
+    """Why Slurm would not take such a job now; None where it would, or does not answer."""
+    command = ("sbatch", "--test-only", *options)
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -143,7 +151,8 @@ class SlurmBackend:
         if time.monotonic() - self._submitted_at < self._cluster.status_s:
             return 0
         self._submitted_at = time.monotonic()
-        if CROWDED.search(refusal(self._cluster, self._fits) or ""):
+        text = script(self._cluster, "lemonade-check", Path("."))
+        if CROWDED.search(refusal(text, f"--array=0-{self._fits - 1}") or ""):
             self._fits = max(1, self._fits // 2)
             return 0
         return self._fits

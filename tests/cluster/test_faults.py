@@ -335,6 +335,13 @@ def test_what_slurm_would_refuse_is_told_and_nothing_written(
     assert not (home / "run").exists() and not running(slurm)
 
 
+def test_a_coordinator_that_slurm_would_refuse_is_told_and_nothing_written(slurm: Slurm, home: Path) -> None:
+    settings(home, coordinator_partition="nosuch")
+    code, out, err = lemonade(slurm, home, "submit", "slurm.yaml", "--run", "run")
+    assert (code, out) == (2, "") and "Slurm refuses the coordinator's job. It says: " in err and "nosuch" in err, err
+    assert not (home / "run").exists() and not running(slurm)
+
+
 def test_a_full_queue_means_fewer_workers(slurm: Slurm, home: Path, expected: list[Any]) -> None:
     slurm.run("sacctmgr", "-i", "modify", "user", USER, "set", "maxsubmitjobs=2", root=True)
     try:
@@ -344,9 +351,11 @@ def test_a_full_queue_means_fewer_workers(slurm: Slurm, home: Path, expected: li
         slurm.run("sacctmgr", "-i", "modify", "user", USER, "set", "maxsubmitjobs=-1", root=True)
     told(home, "so fewer workers run: sbatch: error: AssocMaxSubmitJobLimit")
     assert finished(slurm, home, expected)
-    shown = sound(slurm, home)
-    assert shown["workers_left"].total() if isinstance(shown["workers_left"], Counter) else shown["workers_left"]
-    assert {worker["name"] for worker in shown["workers"]} == set()
+    launched = [event["workers"] for event in events(home) if event["event"] == "launched"]
+    left = {event["worker"]: event["how"] for event in events(home) if event["event"] == "left"}
+    assert [len(names) for names in launched] == [3, 1, 1] and {left[name] for name in launched[0]} == {"not started"}
+    assert len([job for job in slurm.jobs() if job["state"] == "COMPLETED"]) == 2
+    assert "not started" not in sound(slurm, home)["workers_left"]
 
 
 def test_more_workers_than_an_array_may_have_are_several_arrays(slurm: Slurm, home: Path, expected: list[Any]) -> None:

@@ -520,7 +520,7 @@ def test_where_the_queue_is_full_fewer_are_submitted_and_tried_seldom(run: Path,
         queue.now += 1
         asked.append(one.room())
     assert not any(asked)
-    assert queue.calls()[1:] == ["--test-only --array=0-3", "--test-only --array=0-1", *3 * ["--test-only"]]
+    assert queue.calls()[1:] == ["--test-only --array=0-3", "--test-only --array=0-1", *3 * ["--test-only --array=0-0"]]
     queue.says(None)
     queue.now += 60
     assert one.room() == 1
