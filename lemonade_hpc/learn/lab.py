@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
-from lemonade_hpc.config import Config, ConfigError, from_dict
+from lemonade_hpc.config import Config, ConfigError, Data, from_dict
 from lemonade_hpc.learn.training import Images, place
 from lemonade_hpc.search.ops import Signature
 
@@ -38,14 +39,11 @@ class Lab:
 def open_lab(run: Path, owner: Path) -> Lab:
     """Load the data and place it on the device; the configuration is that of the epoch whose `owner.json` is given.
 
-    Raises ConfigError for data unlike the run's.
+    Raises ConfigError for data that cannot be read here, or are unlike the run's.
     """
     identity = json.loads((run / files.RUN).read_text())
     config = from_dict(json.loads(owner.read_text())["config"], str(owner))
-    data = data_sets.load(config.data)
-    if data.checksum != identity["data"]["checksum"]:
-        source = config.data.root or config.data.name
-        raise ConfigError(f"{source}: not the data that this run was started with (checksum differs)")
+    data = _load(config.data, identity["data"]["checksum"])
     device = _device(config.cluster.device)
     deterministic = bool(config.training.deterministic)
     torch.set_num_threads(1 if deterministic else config.cluster.cpus_per_worker)
@@ -53,6 +51,22 @@ def open_lab(run: Path, owner: Path) -> Lab:
     layout = torch.contiguous_format if deterministic else torch.channels_last
     parts = (place(data, part, device) for part in (data.train, data.validation))
     return Lab(run, config, Signature(data.shape, data.num_classes), device, layout, *parts)
+
+
+def _load(wanted: Data, checksum: str) -> data_sets.DataSet:
+    """Read the data; the process that started the search could, so an error names this machine."""
+    try:
+        data = data_sets.load(wanted)
+        if data.checksum != checksum:
+            source = wanted.root or wanted.name
+            raise ConfigError(f"{source}: not the data that this run was started with (checksum differs)")
+    except ConfigError as error:
+        here = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        advice = "have every node run in the same environment and folder"
+        if wanted.root is not None:
+            advice = "put it on the file system that all nodes share, and give data.root there"
+        raise ConfigError(f"{error}. So it is on {here}, but not where the search was started: {advice}") from error
+    return data
 
 
 def _forbid_chance(forbid: bool) -> None:

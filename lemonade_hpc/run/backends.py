@@ -21,15 +21,19 @@ CLOSE_S = 1.5
 """How long workers that have said goodbye may take to be gone."""
 LAST_BYTES = 2000
 """How much of a dead worker's standard error is told."""
-DIED, CANCELLED = "died", "cancelled"
-"""How a worker ended: nobody can say more; a person cancelled it."""
-FATE = frozenset({CANCELLED, "preempted", "node failure", "time limit"})
+DIED, CANCELLED, REQUEUED = "died", "cancelled", "requeued"
+"""How a worker ended: nobody can say more; a person cancelled it; its job was put back into the queue."""
+FATE = frozenset({CANCELLED, REQUEUED, "preempted", "node failure", "time limit"})
 """Ends that are no fault of a worker's, nor of its node's."""
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Refused(RuntimeError):  # noqa: N818
     """Workers cannot be started, now or later: says why."""
+
+
+class NotNow(RuntimeError):  # noqa: N818
+    """These workers were not started; others may be, later or fewer at a time: says why."""
 
 
 class Backend(Protocol):
@@ -47,7 +51,7 @@ class Backend(Protocol):
         """How many workers may be started now: a cluster is not asked too often."""
 
     def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
-        """Start workers, whose mailboxes exist, on none of the nodes to `avoid`. Raises Refused."""
+        """Start workers, whose mailboxes exist, on none of the nodes to `avoid`. Raises Refused or NotNow."""
 
     def adopt(self, name: str, launch: str, place: int) -> None:
         """Take over a worker of an earlier coordinator, which was launched in this place after the worker `launch`."""
@@ -60,6 +64,9 @@ class Backend(Protocol):
 
     def ended(self, name: str) -> str | None:
         """How a worker ended that is gone, in a word or two; None where that may be known later."""
+
+    def node(self, name: str) -> str | None:
+        """Where a worker is or was that has not said it itself; None where that is not known."""
 
     def kill(self, name: str) -> None:
         """End a worker at once."""
@@ -102,6 +109,9 @@ class InlineBackend:
 
     def ended(self, name: str) -> str | None:  # noqa: D102
         return DIED
+
+    def node(self, name: str) -> str | None:  # noqa: D102
+        return None
 
     def kill(self, name: str) -> None:  # noqa: D102
         self._workers.pop(name, None)
@@ -184,6 +194,9 @@ class LocalBackend:
 
     def ended(self, name: str) -> str | None:  # noqa: D102
         return DIED
+
+    def node(self, name: str) -> str | None:  # noqa: D102
+        return None
 
     def kill(self, name: str) -> None:
         """SIGKILL the supervisor; its trainer leaves when its standard input closes.

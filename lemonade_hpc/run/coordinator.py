@@ -63,6 +63,10 @@ class Coordinator:
         """Take over the workers of earlier coordinators, living or dead."""
         self._crew.adopt()
 
+    def pardon(self) -> None:
+        """Give nodes another chance that were at fault: somebody has started the run anew."""
+        self._crew.pardon()
+
     def search(self) -> None:
         """Run until the budget is spent; raises Stopped or RunFailed."""
         self._tidy()

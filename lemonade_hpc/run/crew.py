@@ -13,8 +13,9 @@ from typing import Protocol
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster
 from lemonade_hpc.run import budgets, record, worker
-from lemonade_hpc.run.backends import CANCELLED, DIED, FATE, Backend, Refused
+from lemonade_hpc.run.backends import CANCELLED, DIED, FATE, Backend, NotNow, Refused
 from lemonade_hpc.run.handle import Key, WorkerHandle
+from lemonade_hpc.run.journal import Event
 from lemonade_hpc.run.ledger import Halted, Ledger, RunFailed, Stopped
 from lemonade_hpc.run.log import Message
 from lemonade_hpc.run.record import History
@@ -51,6 +52,7 @@ class Crew:
         self._gone: dict[str, tuple[WorkerHandle, bool]] = {}
         """Workers that have gone in a way not known yet, and whether they left children behind."""
         self._num_named = self._num_misfortunes = self._num_cancelled = 0
+        self._last_fault = ""
         self._heard_any = False
 
     # ------------------------------------------------------------ reports
@@ -169,8 +171,10 @@ class Crew:
 
     def _part(self, handle: WorkerHandle, how: str, fault: str | None = None) -> None:
         if handle.name in self._ledger.history.workers:
-            times = {"lived_s": round(handle.lived_s, 3), "busy_s": round(handle.busy_s, 3)}
-            self._ledger.record({"event": "left", "worker": handle.name, "how": how, "fault": fault, **times})
+            rest: Event = {"lived_s": round(handle.lived_s, 3), "busy_s": round(handle.busy_s, 3)}
+            if fault is not None and handle.node is None:
+                rest |= {"node": self._backend.node(handle.name)}
+            self._ledger.record({"event": "left", "worker": handle.name, "how": how, "fault": fault, **rest})
 
     def _end(self, handle: WorkerHandle, how: str) -> None:
         """End a worker at once."""
@@ -184,14 +188,20 @@ class Crew:
         Adopted ones do not count: they may have died with the coordinator before, however many it had.
         """
         self._observer.note(reason)
+        self._last_fault = reason
         self._num_misfortunes += name not in self._adopted
         if self._num_misfortunes > MISFORTUNES_PER_WORKER * self._cluster.workers:
             self._ledger.write()
-            unheard = f". None has ever been heard of: can the nodes see and write {self._run.resolve()}?"
             raise RunFailed(
-                f"{self._num_misfortunes} workers in a row ended and no child was trained meanwhile. The last: "
-                f"{reason}{'' if self._heard_any or not self._backend.excludes else unheard}"
+                f"{self._num_misfortunes} workers in a row ended and no child was trained meanwhile{self._why()}"
             )
+
+    def _why(self) -> str:
+        """What the last worker that came to grief did so of, and what that may mean."""
+        if not self._last_fault:
+            return ""
+        unheard = f". None has ever been heard of: can the nodes see and write {self._run.resolve()}?"
+        return f". The last: {self._last_fault}{'' if self._heard_any or not self._backend.excludes else unheard}"
 
     def _exclude(self) -> None:
         history = self._ledger.history
@@ -200,6 +210,12 @@ class Crew:
             self._observer.note(f"node {node} gets no worker any more: {reason}")
         for handle in [one for one in self.handles.values() if one.node in history.excluded]:
             self._end(handle, "on an excluded node")
+
+    def pardon(self) -> None:
+        """Give excluded nodes workers again: whoever starts a run anew may have mended them."""
+        for node in list(self._ledger.history.excluded):
+            self._ledger.record({"event": "included", "node": node})
+            self._observer.note(f"node {node}, excluded before, may get workers again")
 
     # ------------------------------------------------------------ work
 
@@ -255,7 +271,11 @@ class Crew:
             self._backend.launch(names, excluded.keys())
         except Refused as error:
             without = "".join(f"; excluded is {node}: {reason}" for node, reason in excluded.items())
-            raise RunFailed(f"no worker can be started: {error}{without}") from error
+            raise RunFailed(f"no worker can be started: {error}{without}{self._why()}") from error
+        except NotNow as error:
+            self._observer.note(str(error))
+            for name in names:
+                self._end(self.handles[name], record.NOT_STARTED)
 
     def _wanted(self) -> int:
         """How many workers there may be now; raises Halted where there can be none any more."""

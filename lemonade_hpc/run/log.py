@@ -39,6 +39,11 @@ class LogWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._size = os.fstat(self._file).st_size
 
+    @property
+    def empty(self) -> bool:
+        """Whether nobody has written to it."""
+        return self._size == 0
+
     def append(self, messages: Iterable[Message], *, durable: bool = True) -> None:
         """Write messages in one go, fsynced if durable. Raises OSError, the log as before."""
         self.append_texts([dumps(message) for message in messages], durable=durable)

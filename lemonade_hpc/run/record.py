@@ -145,6 +145,10 @@ LOSSES = ("crash", "walltime", "worker", "stopped")
 """How an attempt is lost: the trainer died; the worker's time was over; the worker is gone; it was taken back."""
 
 
+NOT_STARTED = "not started"
+"""How a worker ended that was on record to be started, and was not."""
+
+
 @dataclass
 class Worker:
     """A worker that was started and not given up."""
@@ -207,7 +211,7 @@ class History:
         self.fruitful: set[str] = set()
         """Nodes where a child has been trained."""
         self.excluded: dict[str, str] = {}
-        """Nodes that get no worker any more, and why."""
+        """Nodes that get no worker, and why."""
         self.wall_s = 0.0
         """Seconds that committed attempts took."""
         self.num_records = 0
@@ -234,6 +238,9 @@ class History:
             self._left(event)
         elif kind == "excluded":
             self.excluded[event["node"]] = event["reason"]
+        elif kind == "included":
+            del self.excluded[event["node"]]
+            self.strikes.pop(event["node"], None)
         elif kind == "attempt":
             node = self.workers[event["worker"]].node
             self.attempts[event["child"]].append(Attempt(event["attempt"], event["worker"], node))
@@ -265,11 +272,15 @@ class History:
 
     def _left(self, event: Event) -> None:
         worker = self.workers.pop(event["worker"])
+        if event["how"] == NOT_STARTED:
+            self.num_launched -= 1
+            return
         self.departures[event["how"]] += 1
         self.usage.spent += event["lived_s"] * max(worker.gpus, 1)
         self.usage.busy += event["busy_s"] * max(worker.gpus, 1)
-        if event["fault"] and worker.node is not None:
-            self.strikes.setdefault(worker.node, set()).add(f"worker {event['worker']}")
+        node = worker.node or event.get("node")
+        if event["fault"] and node is not None:
+            self.strikes.setdefault(node, set()).add(f"worker {event['worker']}")
 
     def _lost(self, event: Event) -> None:
         self.num_lost[event["kind"]] += 1

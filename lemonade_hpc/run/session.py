@@ -18,7 +18,7 @@ from typing import Any
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
-from lemonade_hpc.run import backends, chain, lease, population, record, slurm
+from lemonade_hpc.run import backends, chain, lease, population, record, request, slurm
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
 from lemonade_hpc.run.ledger import Halted
@@ -74,6 +74,8 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
         with _signals(coordinator):
             try:
                 coordinator.adopt()
+                if not chain.is_link():
+                    coordinator.pardon()
                 coordinator.search()
             except Halted:
                 if chain.is_link():
@@ -92,6 +94,7 @@ def submit(config: Config, run: Path) -> str:
     """Check everything, as `search` does, and submit the run's coordinator as a job; its id. Raises ConfigError."""
     config, data = _to_submit(config)
     _check_backend(config)
+    slurm.check_script(chain.script(config, run, chain.job_name("check")), "the coordinator's job")
     _prepare(config, data, run)
     lease.check_free(run, take_over=False)
     return chain.begin(config, run)
@@ -103,7 +106,7 @@ def submission(config: Config, run: Path) -> tuple[str, str]:
     new = not (run / files.RUN).exists()
     run_id = "x" * 8 if new else record.read_identity(run)["run"]
     folder = run / files.WORKERS / "e1w00" / "job"
-    worker = slurm.script(config.cluster, f"{slurm.prefix(run_id)}e1w00", folder)
+    worker = request.script(config.cluster, f"{slurm.prefix(run_id)}e1w00", folder)
     return chain.script(config, run, chain.job_name(run_id)), worker
 
 

@@ -22,8 +22,9 @@ from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, ConfigError
-from lemonade_hpc.run import owner, worker
-from lemonade_hpc.run.backends import CANCELLED, DIED, LAST_BYTES, THREAD_LIMITS, Refused
+from lemonade_hpc.run import owner, site, worker
+from lemonade_hpc.run.backends import CANCELLED, DIED, LAST_BYTES, REQUEUED, NotNow, Refused
+from lemonade_hpc.run.request import gpus_of, parameters, script
 
 Place = tuple[str, int]
 """The first worker of a launch, and the index of a task of its array."""
@@ -37,6 +38,7 @@ QUERY_TIMEOUT_S = 20.0
 JUDGED_FOR_S = 60.0
 SILENT_QUERIES = 2
 """A worker that has said nothing for as long as this many queries are apart is looked up."""
+UNKNOWN_NODES = ("(null)", "None assigned")
 CONFIRMATIONS = 2
 """How often a job must be seen to have ended before its worker counts as gone."""
 UNSEEN_S = 900.0
@@ -46,20 +48,23 @@ ENDED = frozenset({
     "TIMEOUT",
 })  # fmt: skip
 """States that a job which is not requeued never leaves; any other, known or not, is a life."""
-SIGNAL_S = 30
-"""Slurm signals a worker this long before its time limit, which it has left a little before by itself."""
+AGAIN = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
+"""States of a job that has not begun. Of a worker that was heard of they say that its job is to begin anew: a worker
+lives once, so it is over."""
 ENDS = {
     "BOOT_FAIL": "node failure", "CANCELLED": CANCELLED, "COMPLETED": "completed", "DEADLINE": "time limit",
     "NODE_FAIL": "node failure",
     "OUT_OF_MEMORY": "out of memory", "PREEMPTED": "preempted", "TIMEOUT": "time limit",
 }  # fmt: skip
 """What a state says of how a worker ended."""
-STUCK = re.compile(r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|Partition\w+Limit|Max\w+PerJob|PerLimit")
+STUCK = re.compile(
+    r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|PartitionConfig|Partition\w+Limit|Max\w+PerJob|PerLimit"
+)
 """In reasons for which a job waits until somebody changes something."""
-TRANSIENT = (
-    "timed out", "unable to contact", "connection refused", "temporarily", "try again", "maxsubmit", "grpsubmit",
-)  # fmt: skip
-"""What sbatch says, among other words, where the same call may succeed later."""
+TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again")
+"""What sbatch says, among other words, where the same call may succeed later, or has succeeded."""
+CROWDED = re.compile(r"\w*SubmitJob\w*Limit")
+"""What it says, among other words, where its user, account or QOS has as many jobs in the queue as it may."""
 NO_TASK = "4294967294"
 """Stands for the index that tasks of an array have lost."""
 TASKS = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
@@ -77,63 +82,36 @@ def check(cluster: Cluster) -> None:
             f"submitted, or use backend: local"
         )
     text = script(cluster, "lemonade-check", Path("."))
+    said = check_script(text, "a worker as these settings describe it")
+    if said is not None and NODES_MAY_BE_DOWN in said.lower():
+        unmet = site.unmet(cluster, ask(*site.QUESTION) or "")
+        if unmet is not None:
+            raise ConfigError(f"{unmet}. Slurm says: {said}")
+
+
+def check_script(text: str, what: str) -> str | None:
+    """Ask Slurm, without submitting, whether it would take such a job; what it says where that may pass.
+
+    Raises ConfigError with what it says where it never would.
+    """
+    said = refusal(text)
+    if said is not None and not _may_pass(said) and not CROWDED.search(said) and NODES_MAY_BE_DOWN not in said.lower():
+        raise ConfigError(f"cluster: Slurm refuses {what}. It says: {said}")
+    return said
+
+
+def refusal(text: str, *options: str) -> str | None:
+    """Why Slurm would not take such a job now; None where it would, or does not answer."""
+    command = ("sbatch", "--test-only", *options)
     try:
-        command = ("sbatch", "--test-only")
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return
-    if done.returncode and not _may_pass(done.stderr) and NODES_MAY_BE_DOWN not in done.stderr.lower():
-        raise ConfigError(
-            f"cluster: Slurm refuses a worker as these settings describe it. It says: {done.stderr.strip()}"
-        )
+        return None
+    return done.stderr.strip() if done.returncode else None
 
 
 def _may_pass(said: str) -> bool:
     return any(words in said.lower() for words in TRANSIENT)
-
-
-def script(cluster: Cluster, name: str, folder: Path) -> str:
-    """The batch script of one worker."""
-    from submitit import SlurmExecutor
-
-    executor = SlurmExecutor(folder=folder)
-    executor.update_parameters(**parameters(cluster, name))
-    return str(executor._make_submission_file_text("true", "check"))
-
-
-def parameters(cluster: Cluster, name: str, avoid: Collection[str] = ()) -> dict[str, Any]:
-    """The arguments of submitit's executor: what is asked of Slurm for one worker."""
-    cpus = cluster.cpus_per_worker
-    gpus = f"gpu:{cluster.gpus_per_worker}" if cluster.gpus_per_worker else None
-    asked = {
-        "cpus_per_task": cpus,
-        "mem": f"{int(1024 * cluster.mem_gb)}M",
-        "gres": cluster.gres or gpus,
-        "no-requeue": True,
-        "reservation": cluster.reservation,
-    }
-    asked = {key: v for key, v in asked.items() if v is not None and key.replace("_", "-") not in cluster.skip}
-    further = {key: asked.pop(key) for key in ("no-requeue", "reservation") if key in asked}
-    return {
-        "job_name": name,
-        "time": cluster.time_min,
-        "signal_delay_s": SIGNAL_S,
-        "srun_args": [f"--cpus-per-task={cpus}"] if "cpus_per_task" in asked else [],  # from 22.05 on not inherited
-        **asked,
-        **{key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint", "wckey")},
-        "exclude": ",".join([*([cluster.exclude] if cluster.exclude else []), *sorted(avoid)]) or None,
-        "array_parallelism": cluster.max_array,
-        "setup": [*(f"export {key}={cpus}" for key in THREAD_LIMITS), *cluster.setup],
-        "additional_parameters": {**further, **cluster.extra},
-    }
-
-
-def gpus_of(cluster: Cluster) -> int:
-    """How many GPUs a worker is given."""
-    found = re.search(r"\bgpu(?::[^:,]+)??(?::(\d+))?(?:,|$)", cluster.gres or "")
-    if found:
-        return int(found[1] or 1)
-    return 0 if cluster.gres else cluster.gpus_per_worker
 
 
 class SlurmBackend:
@@ -155,9 +133,12 @@ class SlurmBackend:
         self._ended: dict[str, int] = {}
         """How many queries in a row saw a worker's job to have ended, or not at all."""
         self._last_state: dict[str, str] = {}
+        self._nodes: dict[str, str] = {}
         self._max_array: int | None = None
         self._taken = 0
         """The longest array that Slurm took of an earlier coordinator."""
+        self._fits: int | None = None
+        """The largest array that may be taken, once one was refused for the number of jobs; None: any."""
         self._stuck: set[str] = set()
         """Reasons to wait that have been told."""
         self._unexplained: set[str] = set()
@@ -180,10 +161,25 @@ class SlurmBackend:
                     return 0
                 self._queried_at, limit = now, _site_limit() or self._cluster.max_array
             self._max_array = min(self._cluster.max_array, limit)
-        return self._max_array
+        return self._max_array if self._fits is None else self._room_left()
+
+    def _room_left(self) -> int:
+        """How many more jobs Slurm takes of this user, who had too many: tried without submitting, now and then."""
+        assert self._fits is not None
+        if time.monotonic() - self._submitted_at < self._cluster.status_s:
+            return 0
+        self._submitted_at = time.monotonic()
+        text = script(self._cluster, "lemonade-check", Path("."))
+        if CROWDED.search(refusal(text, f"--array=0-{self._fits - 1}") or ""):
+            self._fits = max(1, self._fits // 2)
+            return 0
+        return self._fits
 
     def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
-        """Submit one array. Raises Refused; an error that may pass leaves the workers to be found, or given up."""
+        """Submit one array. Raises Refused, or NotNow where the queue holds as many jobs as its user may have.
+
+        Any other error that may pass leaves the workers to be found, or given up.
+        """
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError
 
@@ -194,10 +190,16 @@ class SlurmBackend:
         try:
             jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
         except FailedJobError as error:
+            if CROWDED.search(str(error)):
+                self._fits = max(1, len(names) // 2)
+                for name in names:
+                    del self._places[name]
+                raise NotNow(f"sbatch takes no {len(names)} more jobs now, so fewer workers run: {error}") from error
             if not _may_pass(str(error)):
                 raise Refused(str(error)) from error
             self._note(f"sbatch failed, which may pass: {error}")
         else:
+            self._fits = None if self._fits is None or self._fits >= self._cluster.workers else 2 * self._fits
             self._jobs |= {(names[0], place): job.job_id for place, job in enumerate(jobs)}
 
     def adopt(self, name: str, launch: str, place: int) -> None:  # noqa: D102
@@ -219,6 +221,10 @@ class SlurmBackend:
     def ended(self, name: str) -> str | None:
         """How its job ended, once Slurm has been asked."""
         state, seen = self._last_state.get(name), self._ended.get(name, 0)
+        if state in AGAIN and name in self._heard_at:
+            self._unexplained.discard(name)
+            self.kill(name)
+            return REQUEUED
         if state in ENDED or seen >= CONFIRMATIONS or name not in self._places:  # the last: it left long ago
             self._unexplained.discard(name)
             return ENDS.get(state or "", DIED)
@@ -230,6 +236,9 @@ class SlurmBackend:
         job = self._jobs.get(self._places.get(name, ("", 0)))
         if job is not None:
             ask("scancel", job)
+
+    def node(self, name: str) -> str | None:  # noqa: D102
+        return self._nodes.get(name)
 
     def last_output(self, name: str) -> str:  # noqa: D102
         launch, place = self._places[name]
@@ -253,6 +262,7 @@ class SlurmBackend:
                         self._judge(name, job.state if job else None)
                     if job is not None:
                         self._tell_if_stuck(job)
+                        self._nodes |= {name: job.node} if job.node else {}
 
     def _tell_if_stuck(self, job: Job) -> None:
         """Say it where a job waits for what will not come by itself."""
@@ -271,7 +281,7 @@ class SlurmBackend:
             return  # it was at work: Slurm may have forgotten a job that still writes its last words
         if state is not None:
             self._last_state[name] = state
-        if state is None or state in ENDED:
+        if state is None or state in ENDED or (state in AGAIN and name in self._heard_at):
             self._ended[name] = self._ended.get(name, 0) + 1
             return
         self._ended[name] = 0
@@ -308,6 +318,8 @@ class Job:
     state: str
     reason: str = ""
     """Why it waits."""
+    node: str = ""
+    """Where it runs, or ran."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +335,7 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
 
     sacct is asked too after `wanted` jobs that the queue has forgotten. It may not know yet of jobs just submitted.
     """
-    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r")
+    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r|%N")
     if answer is not None:
         found = _named(run_id, wanted, (line.split("|") for line in answer.splitlines()))
     else:
@@ -331,10 +343,10 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
         found = _named(run_id, wanted, map(_told_by_scontrol, (answer or "").splitlines()))
     if answer is None or not found.keys() >= set(wanted):
         name = ",".join(sorted({prefix(run_id) + launch for launch, _ in wanted}))
-        past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State")
+        past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State,NodeList")
         if answer is None and past is None:
             return None
-        found = _named(run_id, wanted, (line.split("|") for line in (past or "").splitlines())) | found
+        found = _named(run_id, wanted, map(_told_by_sacct, (past or "").splitlines())) | found
     return Answer(found, answer is not None)
 
 
@@ -372,11 +384,17 @@ def job_has_ended(job: str) -> bool | None:
 
 
 def _told_by_scontrol(line: str) -> Sequence[str]:
-    """Id, name and state of a job in one line of `key=value`."""
+    """Id, name, state, reason and node of a job in one line of `key=value`."""
     said = dict(part.partition("=")[::2] for part in line.split())
     array, task = said.get("ArrayJobId", said.get("JobId", "")), said.get("ArrayTaskId")
-    name, state, reason = (said.get(key, "") for key in ("JobName", "JobState", "Reason"))
-    return (array if task in (None, NO_TASK) else f"{array}_{task}", name, state, reason)
+    rest = (said.get(key, "") for key in ("JobName", "JobState", "Reason", "NodeList"))
+    return (array if task in (None, NO_TASK) else f"{array}_{task}", *rest)
+
+
+def _told_by_sacct(line: str) -> Sequence[str]:
+    """The same, of a line of id, name, state and node."""
+    id_, name, state, node = (line.split("|") + 4 * [""])[:4]
+    return (id_, name, state, "", node)
 
 
 def _site_limit() -> int | None:
@@ -386,7 +404,7 @@ def _site_limit() -> int | None:
 
 
 def _named(run_id: str, wanted: Collection[Place], rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
-    """The jobs of a run's workers, of rows of id, name, state and reason; anything else is passed over.
+    """The jobs of a run's workers, of rows of id, name, state, reason and node; anything else is passed over.
 
     Tasks that wait, or were cancelled while they did, are told of together, and accounting goes on to do so when some
     have begun: what is said of one by itself counts more. Those that were cancelled by name have lost their indices:
@@ -400,7 +418,8 @@ def _named(run_id: str, wanted: Collection[Place], rows: Iterable[Sequence[str]]
             found = alone if tasks.isdigit() else together
             for task in _tasks(tasks) if tasks else {0, *(place for one, place in wanted if one == launch)}:
                 id = f"{number}_{task}" if tasks or task else number
-                found[launch, task] = Job(id, row[2].split()[0], *row[3:4])
+                reason, node = (*row[3:5], "", "")[:2]
+                found[launch, task] = Job(id, row[2].split()[0], reason, "" if node in UNKNOWN_NODES else node)
     return together | alone
 
 

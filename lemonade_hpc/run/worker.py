@@ -78,6 +78,8 @@ class Worker:
         self._ready = self._unfit = False
         """Whether its trainer has said that it is ready; whether one has died before it did."""
         self._done = LogWriter(run / files.done_log(name))
+        self._requeued = not self._done.empty
+        """Whether its job has begun anew: a log has one writer, so it leaves without a word."""
         self._epoch = 0
         self._assigned = LogReader(Path())
         self._queue: deque[Message] = deque()
@@ -88,13 +90,16 @@ class Worker:
         self._pulse = -1
         who = owner.identity()
         node = os.environ.get("SLURMD_NODENAME", who["host"])
-        self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), node=node, **who)
+        if not self._requeued:
+            self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), node=node, **who)
         self._ends_at, self._longest_s = math.inf, 0.0
         self._late, self.poll_s = files.Patience(files.STALE_S), 1.0
         self._follow()
 
     def step(self) -> bool:
         """Do what there is to do without waiting; False once the worker has left."""
+        if self._requeued:
+            return False
         if not self._follow():
             return self._leave("given up by a later coordinator")
         if not self._epoch:

@@ -63,6 +63,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=5
+{more}
 {nodes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=9 PreemptMode=OFF State=UP
@@ -239,9 +240,9 @@ def _start(slurm: Slurm, max_array: int, more: str) -> None:
     )
     words = {
         "folder": folder, "host": host, "port": port, "dbd_port": dbd_port, "sql_port": sql_port, "nodes": nodes,
-        "max_array": max_array,
+        "max_array": max_array, "more": more,
     }  # fmt: skip
-    (folder / "slurm.conf").write_text(CONFIG.format(**words) + more)
+    (folder / "slurm.conf").write_text(CONFIG.format(**words))
     (folder / "gres.conf").write_text("".join(f"NodeName={name} Name=gpu File=/dev/null\n" for name in NODES))
     (folder / "slurmdbd.conf").touch(mode=0o600)
     (folder / "slurmdbd.conf").write_text(DBD_CONFIG.format(**words))

@@ -162,6 +162,9 @@ class FakeBackend:
     def ended(self, name: str) -> str | None:
         return "died"
 
+    def node(self, name: str) -> str | None:
+        return None
+
     def last_output(self, name: str) -> str:
         return "the last that it wrote"
 

@@ -116,6 +116,16 @@ def test_slurms_refusal_is_told_in_its_words(run: Path, commands: Commands) -> N
         chain.begin(settings(), run)
 
 
+def test_a_coordinator_that_slurm_would_refuse_is_told_before_anything_is_written(
+    run: Path, commands: Commands
+) -> None:
+    fails = 'grep -q "partition=nosuch" && { echo "sbatch: error: invalid partition specified: nosuch" >&2; exit 1; }'
+    (commands.folder / "sbatch").write_text(f"#!/bin/bash\n{fails}\nexit 0\n")
+    with pytest.raises(ConfigError, match="refuses the coordinator's job. It says: .*invalid partition.*: nosuch$"):
+        session.submit(settings(coordinator_partition="nosuch"), run)
+    assert not run.exists()
+
+
 def test_a_second_submission_is_refused(run: Path, commands: Commands) -> None:
     session.submit(settings(), run)
     commands.say("squeue", "4711\n")

@@ -6,7 +6,6 @@ everything it does to the disk, and each picture is a run folder that is gone on
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import shutil
@@ -222,13 +221,13 @@ def kept_pictures(run: Path, rng: random.Random) -> Iterator[Path]:
 class Trouble:
     """An operation on the disk that fails at the k-th call, once or from then on."""
 
-    def __init__(self, at: int, for_ever: bool) -> None:
-        self.at, self.for_ever, self.calls = at, for_ever, 0
+    def __init__(self, at: int, for_ever: bool, code: int) -> None:
+        self.at, self.for_ever, self.code, self.calls = at, for_ever, code, 0
 
     def strike(self) -> None:
         self.calls += 1
         if self.calls == self.at or (self.for_ever and self.calls > self.at):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(self.code, os.strerror(self.code))
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         write, fsync, written = os.write, os.fsync, files.write
@@ -253,18 +252,22 @@ class Trouble:
 
 @pytest.mark.parametrize("for_ever", [False, True])
 def test_a_full_disk_at_any_moment_stops_the_run_and_the_same_call_goes_on(run: Path, for_ever: bool) -> None:
-    """With all that a coordinator does when it is stopped: a disk that has room again at once is the harder case."""
+    """With all that a coordinator does when it is stopped: a disk that has room again at once is the harder case.
+
+    Or one that is over quota, read-only, broken or stale, in turn.
+    """
+    codes = sorted(files.STORAGE_ERRORS)
     front = doubles.front(doubles.search(run.with_name("undisturbed"), SETTINGS, behave))
     stopped = 0
     for at in range(1 + for_ever, 10_000, 7):
         folder = run.with_name(f"full{at}")
-        trouble = Trouble(at, for_ever)
+        trouble = Trouble(at, for_ever, codes[at % len(codes)])
         with pytest.MonkeyPatch.context() as patch:
             trouble.install(patch)
             try:
                 doubles.search(folder, SETTINGS, behave)
             except Stopped as error:
-                assert "No space left" in str(error)
+                assert os.strerror(trouble.code) in str(error)
                 stopped += 1
         history = doubles.search(folder, SETTINGS, behave)
         assert_as_if_nothing_had_been(folder, history, front, f"operation {at}", thoroughly=at % 4 == 0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import budgets, coordinator, crew, status
+from lemonade_hpc.run import backends, budgets, chain, coordinator, crew, status
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.log import LogWriter, Message
@@ -123,6 +123,56 @@ def test_a_node_where_no_worker_can_start_is_excluded(run: Path) -> None:
     history = doubles.search(run, settings(), backend=backend)
     assert history.state.num_failed == 0 and list(history.excluded) == ["n2"]
     assert "worker e1w" in history.excluded["n2"]
+
+
+def test_a_node_where_no_worker_lives_to_say_a_word_is_excluded(run: Path) -> None:
+    """Its jobs fail before the worker begins: where they ran is known from Slurm."""
+
+    class Hole(FakeCluster):
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            super().launch(names, avoid)
+            for name in names:
+                if self.node_of[name] == "n2":
+                    path = self.run / files.done_log(name)
+                    self.workers.pop(name)
+                    path.write_bytes(b"")
+
+        def node(self, name: str) -> str | None:
+            return self.node_of[name]
+
+    backend = Hole(run)
+    history = doubles.search(run, settings(), backend=backend)
+    assert history.state.complete and history.state.num_failed == 0 and list(history.excluded) == ["n2"]
+    assert history.departures["died"] == budgets.STRIKES
+    assert status.status(run)["nodes_excluded"].keys() == {"n2"}
+    doubles.assert_sound(run)
+
+
+def test_where_all_nodes_are_excluded_the_run_ends_with_what_happened_there(run: Path) -> None:
+    class Full(FakeCluster):
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            if len(avoid) == WORKERS:
+                raise backends.Refused("Requested node configuration is not available")
+            super().launch(names, avoid)
+
+    said = r"no worker can be started: Requested node .*; excluded is n0: .*\. The last: .*cannot start .*\nno GPU"
+    with pytest.raises(RunFailed, match=said):
+        doubles.search(run, settings(), backend=Full(run, lambda node, task: "unfit"))
+    assert doubles.load(run, settings()).history.excluded.keys() == {"n0", "n1", "n2"}
+
+
+def test_a_person_who_starts_a_run_anew_may_have_mended_its_nodes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next coordinator of a chain is nobody who has."""
+
+    def excluded(words: Callable[[str, Message], str | None], children: int) -> list[str]:
+        return list(doubles.search(run, settings(children=children), backend=FakeCluster(run, words)).excluded)
+
+    assert excluded(lambda node, task: "unfit" if node == "n2" else None, 18) == ["n2"]
+    with monkeypatch.context() as patch:
+        patch.setenv(chain.LINK, "1")
+        assert excluded(lambda node, task: None, 24) == ["n2"]
+    assert excluded(lambda node, task: None, 30) == []
+    doubles.assert_sound(run)
 
 
 def test_a_child_that_crashes_everywhere_is_itself_at_fault(run: Path) -> None:

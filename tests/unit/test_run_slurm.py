@@ -15,7 +15,8 @@ import pytest
 
 from lemonade_hpc import config as configs
 from lemonade_hpc.config import Cluster, ConfigError
-from lemonade_hpc.run import session, slurm
+from lemonade_hpc.run import request, session, slurm
+from lemonade_hpc.run.backends import NotNow
 from lemonade_hpc.run.coordinator import RunFailed
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -40,6 +41,7 @@ class Queue:
         self.now = 1000.0
         self.down = False
         self.max_array, self.reason = 1001, "None"
+        self.nodes: str | None = None
         self.sbatch = bin / "sbatch"
 
     def ask(self, *command: str) -> str | None:
@@ -48,16 +50,23 @@ class Queue:
             return None
         if command[:3] == ("scontrol", "show", "config"):
             return f"MaxArraySize            = {self.max_array}\n"
-        return "".join(f"{job}|{name}|{state}|{self.reason}\n" for job, (name, state) in self.jobs.items())
+        if command[0] == "sinfo":
+            return self.nodes
+        return "".join(f"{job}|{name}|{state}|{self.reason}|n3\n" for job, (name, state) in self.jobs.items())
 
     @property
     def queries(self) -> list[tuple[str, ...]]:
         """Status calls, whatever each took."""
         return [command for command in self.asked if command[0] == "squeue"]
 
-    def says(self, text: str) -> None:
-        """What sbatch refuses with."""
-        Path(f"{self.sbatch}.says").write_text(text)
+    def says(self, text: str | None) -> None:
+        """What sbatch refuses with, if it does."""
+        path = Path(f"{self.sbatch}.says")
+        path.write_text(text) if text is not None else path.unlink()
+
+    def calls(self) -> list[str]:
+        """Of sbatch."""
+        return Path(f"{self.sbatch}.calls").read_text().splitlines()
 
 
 @pytest.fixture
@@ -105,7 +114,7 @@ def test_the_batch_script_says_what_the_settings_say(tmp_path: Path) -> None:
         cpus_per_worker=3, mem_gb=1.5, time_min=90, setup=("module load cuda",),
         extra={"reservation": "course", "exclusive": True},
     )  # fmt: skip
-    lines = slurm.script(settings, "some-name", tmp_path).splitlines()
+    lines = request.script(settings, "some-name", tmp_path).splitlines()
     options = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH --")]
     assert [o for o in options if not o.startswith(("output", "error", "open-mode", "signal"))] == [
         "account=lab", "constraint=a100", "cpus-per-task=3", "exclude=n7", "exclusive", "gres=gpu:2",
@@ -117,10 +126,10 @@ def test_the_batch_script_says_what_the_settings_say(tmp_path: Path) -> None:
 
 
 def test_what_is_not_set_is_not_asked_for(tmp_path: Path) -> None:
-    text = slurm.script(cluster(gpus_per_worker=0), "some-name", tmp_path)
+    text = request.script(cluster(gpus_per_worker=0), "some-name", tmp_path)
     for option in ("gres", "wckey", "partition", "account", "qos", "constraint", "exclude"):
         assert f"--{option}" not in text
-    assert "--gres=gpu:h100:1" in slurm.script(cluster(gres="gpu:h100:1"), "some-name", tmp_path)
+    assert "--gres=gpu:h100:1" in request.script(cluster(gres="gpu:h100:1"), "some-name", tmp_path)
 
 
 # ---------------------------------------------------------------- refusals
@@ -257,9 +266,9 @@ def test_a_reason_to_wait_that_does_not_pass_is_told_once(run: Path, queue: Queu
 
 
 ONELINE = (
-    "JobId=78 ArrayJobId=77 ArrayTaskId=3 JobName=lemonade-01234567-w0 UserId=u(1000) JobState=RUNNING Reason=None\n"
+    "JobId=78 ArrayJobId=77 ArrayTaskId=3 JobName=lemonade-01234567-w0 JobState=RUNNING Reason=None NodeList=n2\n"
     "JobId=77 ArrayJobId=77 ArrayTaskId=4,6-7%3 JobName=lemonade-01234567-w0 JobState=PENDING Reason=Resources\n"
-    "JobId=79 JobName=lemonade-01234567-w9 UserId=u(1000) JobState=PENDING Reason=Priority\nrubbish\n\n"
+    "JobId=79 JobName=lemonade-01234567-w9 JobState=PENDING Reason=Priority NodeList=(null)\nrubbish\n\n"
 )
 
 
@@ -280,18 +289,19 @@ def test_scontrol_answers_where_squeue_does_not(monkeypatch: pytest.MonkeyPatch)
     answer = slurm.jobs_of("0123456789")
     assert answer is not None and answer.all and asked == ["squeue", "scontrol"]
     assert answer.jobs == {
-        ("w0", 3): slurm.Job("77_3", "RUNNING", "None"), ("w9", 0): slurm.Job("79", "PENDING", "Priority"),
+        ("w0", 3): slurm.Job("77_3", "RUNNING", "None", "n2"), ("w9", 0): slurm.Job("79", "PENDING", "Priority"),
         **{("w0", place): slurm.Job(f"77_{place}", "PENDING", "Resources") for place in (4, 6, 7)},
     }  # fmt: skip
 
 
 def test_sacct_knows_what_the_queue_has_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """But what it does not know may be too young for it."""
-    past = "77_3|lemonade-01234567-w0|CANCELLED by 1000\n77_4|lemonade-01234567-w0|NODE_FAIL\ngarbage\n"
+    past = "77_3|lemonade-01234567-w0|CANCELLED by 1000|n1\n77_4|lemonade-01234567-w0|NODE_FAIL|n2\ngarbage\n"
     answers(monkeypatch, squeue="77_3|lemonade-01234567-w0|RUNNING|None\n", sacct=past)
     answer = slurm.jobs_of("0123456789", [("w0", 3), ("w0", 4)])
     assert answer is not None and answer.all
     assert {place: job.state for place, job in answer.jobs.items()} == {("w0", 3): "RUNNING", ("w0", 4): "NODE_FAIL"}
+    assert answer.jobs["w0", 4].node == "n2"
     answers(monkeypatch, sacct=past)
     answer = slurm.jobs_of("0123456789", [("w0", 3)])
     assert answer is not None and not answer.all and answer.jobs["w0", 3].state == "CANCELLED"
@@ -391,11 +401,11 @@ def test_a_successor_waits_before_its_first_calls(run: Path, queue: Queue) -> No
     [(None, 3), ("gpu:2", 2), ("gpu:a100:4", 4), ("gpu:a100", 1), ("gpu", 1), ("shard:8", 0), ("mps:1,gpu:h100:2", 2)],
 )
 def test_gpus_are_counted_from_what_is_asked_for(gres: str | None, expected: int) -> None:
-    assert slurm.gpus_of(cluster(gpus_per_worker=3, gres=gres)) == expected
+    assert request.gpus_of(cluster(gpus_per_worker=3, gres=gres)) == expected
 
 
 def test_options_that_a_site_does_not_take_are_left_out(tmp_path: Path) -> None:
-    text = slurm.script(cluster(skip=("mem", "gres", "cpus-per-task", "no-requeue")), "some-name", tmp_path)
+    text = request.script(cluster(skip=("mem", "gres", "cpus-per-task", "no-requeue")), "some-name", tmp_path)
     for option in ("mem", "gres", "cpus-per-task", "no-requeue"):
         assert f"--{option}" not in text
     with pytest.raises(ConfigError, match=r"cluster.skip"):
@@ -404,8 +414,8 @@ def test_options_that_a_site_does_not_take_are_left_out(tmp_path: Path) -> None:
 
 def test_reservation_and_nodes_to_avoid_are_asked_for(tmp_path: Path) -> None:
     settings = cluster(reservation="course", exclude="n7")
-    assert slurm.parameters(settings, "x", ["n9", "n3"])["exclude"] == "n7,n3,n9"
-    assert "#SBATCH --reservation=course" in slurm.script(settings, "some-name", tmp_path)
+    assert request.parameters(settings, "x", ["n9", "n3"])["exclude"] == "n7,n3,n9"
+    assert "#SBATCH --reservation=course" in request.script(settings, "some-name", tmp_path)
 
 
 # ---------------------------------------------------------------- lives
@@ -495,3 +505,143 @@ def test_jobs_of_others_are_not_ours(run: Path, queue: Queue) -> None:
 def test_settings_of_slurm_have_defaults_that_a_site_takes() -> None:
     settings = configs.from_dict({"data": {"name": "digits"}, "cluster": {"backend": "slurm"}}, "test").cluster
     assert (settings.time_min, settings.gpus_per_worker, settings.wckey) == (240, 1, None)
+
+
+# ---------------------------------------------------------------- what a site cannot give
+
+NOT_AVAILABLE = "allocation failure: Requested node configuration is not available"
+NODES = "main*|2|5000|gpu:a100:1(S:0)\nmain*|4|9000|gpu:a100:2,shard:8\nfat|64|900000|gpu:h100:4\ncpu|8|8000|(null)\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"gres": "gpu:nosuch:1"},
+         "cluster.gres: got gpu:nosuch:1, which no node of the default partition has; there are: gpu:a100:1"),
+        ({"gres": "gpu:a100:3"}, "cluster.gres: got gpu:a100:3"),
+        ({"gpus_per_worker": 5, "partition": "fat"},
+         "cluster.gpus_per_worker: got 5, which no node of partition fat has; there are: gpu:h100:4"),
+        ({"partition": "cpu"}, "cluster.gpus_per_worker: got 1, which no node of partition cpu has; there are: none"),
+        ({"cpus_per_worker": 5}, "cluster.cpus_per_worker: got 5, .* the largest has 4"),
+        ({"mem_gb": 9}, "cluster.mem_gb: got 9, .* the largest has 8.789"),
+    ],
+)  # fmt: skip
+def test_what_no_node_has_is_refused_by_its_key(queue: Queue, settings: dict[str, Any], said: str) -> None:
+    queue.nodes = NODES
+    queue.says(NOT_AVAILABLE)
+    with pytest.raises(ConfigError, match=f"^{said}.*. Slurm says: {NOT_AVAILABLE}$"):
+        slurm.check(cluster(**({"mem_gb": 4} | settings)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gres": "gpu:a100:2"}, {"gres": "gpu:2,shard:8"}, {"gpus_per_worker": 4, "partition": "fat,cpu"},
+     {"gpus_per_worker": 9, "cpus_per_worker": 99, "mem_gb": 999, "skip": ("gres", "cpus-per-task", "mem")},
+     {"gres": "gpu:nosuch", "partition": "hidden"}],
+)  # fmt: skip
+def test_where_some_node_may_do_slurm_is_waited_for(queue: Queue, settings: dict[str, Any]) -> None:
+    """The nodes that have it may be down; of a partition that is not shown nothing is known."""
+    queue.nodes = NODES
+    queue.says(NOT_AVAILABLE)
+    slurm.check(cluster(**({"mem_gb": 4} | settings)))
+    assert ("sinfo", "--all", "--Node", "--noheader", "--format=%P|%c|%m|%G") in queue.asked
+
+
+CROWDED = "sbatch: error: {}\nsbatch: error: Batch job submission failed: Job violates accounting/QOS policy"
+LIMITS = ("AssocMaxSubmitJobLimit", "AssocGrpSubmitJobsLimit", "QOSMaxSubmitJobPerUserLimit")
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_full_queue_is_no_refusal(queue: Queue, limit: str) -> None:
+    queue.says(CROWDED.format(limit))
+    slurm.check(cluster())
+
+
+def test_where_the_queue_is_full_fewer_are_submitted_and_tried_seldom(run: Path, queue: Queue) -> None:
+    queue.says(CROWDED.format(LIMITS[0]))
+    one, _ = backend(run, workers=8)
+    names = [f"w{k}" for k in range(8)]
+    with pytest.raises(NotNow, match=r"takes no 8 more jobs now, so fewer workers run: .*AssocMaxSubmitJobLimit"):
+        one.launch(names, [])
+    assert not one.alive("w0")
+    asked = []
+    for _ in range(300):
+        queue.now += 1
+        asked.append(one.room())
+    assert not any(asked)
+    assert queue.calls()[1:] == ["--test-only --array=0-3", "--test-only --array=0-1", *3 * ["--test-only --array=0-0"]]
+    queue.says(None)
+    queue.now += 60
+    assert one.room() == 1
+    one.launch(["w8"], [])
+    queue.now += 60
+    assert one.room() == 2
+    one.launch(["w9", "w10"], [])
+    for size in (4, 8):
+        queue.now += 60
+        assert one.room() == size
+        one.launch([f"{size}x{k}" for k in range(size)], [])
+    queue.now += 10
+    assert one.room() == 1000  # as if it had never been full
+
+
+def test_a_run_whose_user_may_have_no_more_jobs_waits_and_goes_on(
+    run: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not submitted is no worker: not of those that the run may have, and nobody's misfortune."""
+    doubles.install(monkeypatch)
+    settings = doubles.config(cluster={"backend": "slurm", "workers": 4, "max_workers": 4})
+    session._prepare(settings, doubles.images(), run)
+    queue.says(CROWDED.format(LIMITS[0]))
+    notes = doubles.Notes()
+    made = doubles.start(run, settings, backend(run, workers=4)[0], notes)
+    for _ in range(1000):
+        queue.now += 1
+        made._turn()
+    assert made.history.num_launched == 0 and not made.history.departures and made._crew.handles == {}
+    assert len(notes.about("fewer workers run")) == 1
+    queue.says(None)
+    seen = []
+    for _ in range(200):
+        queue.now += 1
+        made._turn()
+        seen.append(made.history.num_launched)
+    assert sorted(set(seen)) == [0, 1, 3, 4]  # one, two more, and the last of those that it may have
+    made._ledger.close()
+    assert doubles.load(run, settings).history.num_launched == 4
+
+
+def test_a_reason_of_a_partition_that_does_not_take_such_a_job_is_told() -> None:
+    for reason in ("PartitionConfig", "PartitionTimeLimit", "AssocMaxWallDurationPerJobLimit", "BadConstraints"):
+        assert slurm.STUCK.search(reason), reason
+    for reason in ("Priority", "Resources", "AssocMaxJobsLimit", "PartitionDown", "BeginTime"):
+        assert not slurm.STUCK.search(reason), reason
+
+
+# ---------------------------------------------------------------- jobs that begin anew
+
+
+@pytest.mark.parametrize("state", sorted(slurm.AGAIN))
+@pytest.mark.parametrize("bye", [True, False])
+def test_a_worker_whose_job_is_requeued_is_over_and_the_job_is_cancelled(
+    run: Path, queue: Queue, state: str, bye: bool
+) -> None:
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    one.heard("w0", HELLO)
+    queue.jobs = {"5": ("lemonade-01234567-w0", state)}
+    if bye:
+        assert one.ended("w0") is None
+    turns(one, queue, 61 if bye else 200)
+    assert one.alive("w0") == bye  # one that said goodbye may have spoken a moment ago
+    assert one.ended("w0") == "requeued"
+    assert queue.asked[-1] == ("scancel", "5")
+
+
+def test_where_a_worker_ran_that_was_never_heard_of_is_known(run: Path, queue: Queue) -> None:
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    assert one.node("w0") is None
+    queue.jobs = {"5": ("lemonade-01234567-w0", "FAILED")}
+    turns(one, queue, 61)
+    assert one.node("w0") == "n3"

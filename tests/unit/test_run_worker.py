@@ -772,3 +772,17 @@ def test_a_trainer_process_is_deaf_to_signals_and_saves(tmp_path: Path, monkeypa
     assert trainer.died() is None
     trainer.kill()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+
+
+# ---------------------------------------------------------------- a job that begins anew
+
+
+def test_a_worker_whose_job_begins_anew_leaves_without_a_word(desk: Desk) -> None:
+    """It would train all it was ever given again, and write over weights that are on record."""
+    desk.send(task(0), task(1))
+    desk.steps(3)
+    before = (desk.run / files.done_log(NAME)).read_bytes()
+    assert desk.heard("outcome")
+    again = Worker(desk.run, NAME, desk._start_trainer)
+    assert not again.step()
+    assert len(desk.trainers) == 1 and (desk.run / files.done_log(NAME)).read_bytes() == before
