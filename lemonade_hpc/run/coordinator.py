@@ -195,23 +195,27 @@ class Coordinator:
     # ------------------------------------------------------------ children to workers
 
     def _ask(self, ahead: int) -> None:
-        """Ask for children until there are `ahead` for each worker that is wanted."""
+        """Ask for children, a generation at most at a time, until there are `ahead` for each worker that is wanted."""
+        wanted, accepted = self.config.cluster.workers * ahead, self.config.search.accepted
+        while not self._starved and (wanted > len(self.history.state.in_flight) or not self.history.state.num_asks):
+            state = self.history.state
+            slots = min(wanted - len(state.in_flight), accepted)
+            after, children = evolution.ask(state, slots, self.history.seen.__contains__)
+            if after is state:
+                return
+            self._ledger.record(record.asked(state, after, slots, children))
+            if not children:
+                self._starved = True
+                self._refuse_starved()
+
+    def _refuse_starved(self) -> None:
         state = self.history.state
-        slots = self.config.cluster.workers * ahead - len(state.in_flight)
-        if self._starved or (slots <= 0 and state.num_asks):
-            return
-        after, children = evolution.ask(state, slots, self.history.seen.__contains__)
-        if after is state:
-            return
-        self._ledger.record(record.asked(state, after, slots, children))
-        if not children:
-            self._starved = True
-            if not state.in_flight:
-                self._ledger.write()
-                raise RunFailed(
-                    f"no new network was found within the limits ({after.redrawn}): widen objectives' max or min, "
-                    f"search.operators or search.max_edits"
-                )
+        if not state.in_flight:
+            self._ledger.write()
+            raise RunFailed(
+                f"no new network was found within the limits ({state.redrawn}): widen objectives' max or min, "
+                f"search.operators or search.max_edits"
+            )
 
     def _dispatch(self, ahead: int) -> None:
         """Assign what waits to workers with room; start workers while there is work for them."""
