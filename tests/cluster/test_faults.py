@@ -216,10 +216,11 @@ def test_children_that_need_more_time_than_a_worker_has_or_crash_or_flood_their_
     assert {child: failure["kind"] for child, failure in failures.items()} == {5: "walltime", 7: "crash"}
     assert failures[5]["reason"].startswith("2 attempts ended so") and "raise cluster.time_min" in failures[5]["reason"]
     assert failures[7]["reason"].startswith("2 attempts ended so") and "SIGSEGV" in failures[7]["reason"]
+    lost = [event for event in events(home) if event["event"] == "lost"]
+    done = [event["done"] for event in lost if (event["child"], event["kind"]) == (6, "walltime")]
+    assert 0 < len(done) < 9 and done == sorted(set(done))
     given = Counter(event["child"] for event in events(home) if event["event"] == "attempt")
-    lost = [event for event in events(home) if event["event"] == "lost" and event["child"] == 6]
-    done = [event["done"] for event in lost if event["kind"] == "walltime"]
-    assert given[5] == given[7] == 2 and done == sorted(set(done)) and len(done) > 0
+    assert max(given.values()) < 9, given
     (outcome,) = [e["outcome"] for e in events(home) if e["event"] == "committed" and e["outcome"]["child"] == 6]
     assert outcome["resumed"] == pytest.approx(done[-1])
     logs = [path.stat().st_size for path in home.glob("run/workers/*/trainer.log")]
@@ -288,15 +289,11 @@ if trainer and node == "n3":
     assert code == 0 and "node n2 is excluded" in out and "node n3 is excluded" in out
 
 
-def test_where_all_nodes_fail_everything_the_run_ends_and_goes_on_once_that_is_mended(
-    slurm: Slurm, home: Path, expected: list[Any]
-) -> None:
+def test_where_all_nodes_fail_everything_the_run_ends_and_says_why(slurm: Slurm, home: Path) -> None:
     settings(home, setup=["echo no such module >&2", "exit 1"])
     code, _, err = lemonade(slurm, home, "search", "slurm.yaml", "--run", "run")
-    assert code == 1 and "no such module" in err.splitlines()[-1] + err, err
-    settings(home)
-    assert finished(slurm, home, expected)
-    sound(slurm, home)
+    said = " ".join(err.split()).rpartition("error: ")[2]
+    assert code == 1 and said.endswith("no such module"), err
 
 
 def test_where_the_nodes_do_not_see_the_run_folder_that_is_asked_after(slurm: Slurm, home: Path) -> None:
@@ -372,12 +369,6 @@ def test_a_full_queue_means_fewer_workers(slurm: Slurm, home: Path, expected: li
     assert "not started" not in sound(slurm, home)["workers_left"]
 
 
-def test_more_workers_than_an_array_may_have_are_several_arrays(slurm: Slurm, home: Path, expected: list[Any]) -> None:
-    assert len(finished(slurm, home, expected)) == 2
-    sizes = [len(event["workers"]) for event in events(home) if event["event"] == "launched"]
-    assert sizes == [MAX_ARRAY, 4 - MAX_ARRAY]
-
-
 # ---------------------------------------------------------------- clocks (17)
 
 
@@ -389,8 +380,10 @@ if trainer:
 """
 
 
-def test_clocks_that_are_an_hour_apart_disturb_nobody(slurm: Slurm, home: Path, expected: list[Any]) -> None:
-    """One node an hour ahead, one behind, and the coordinator that takes over behind them all."""
+def test_clocks_that_are_an_hour_apart_disturb_nobody_and_arrays_are_no_larger_than_the_site_takes(
+    slurm: Slurm, home: Path, expected: list[Any]
+) -> None:
+    """One node an hour ahead, one behind, and the coordinator that takes over behind them all. (16, 17)"""
     lines = [
         f"case $SLURMD_NODENAME in n1) export LD_PRELOAD={FAKETIME} FAKETIME=+1h;; n2) export LD_PRELOAD={FAKETIME} "
         f"FAKETIME=-1h;; esac; export FAKETIME_DONT_FAKE_MONOTONIC=1",
@@ -404,6 +397,8 @@ def test_clocks_that_are_an_hour_apart_disturb_nobody(slurm: Slurm, home: Path, 
     hooked = f"PYTHONPATH={home}/hook:{PACKAGE}"
     ended(start(slurm, home, "env", *shift, hooked, *LEMONADE, "search", "slurm.yaml", "--run", "run"))
     assert finished(slurm, home, expected)
+    sizes = [len(event["workers"]) for event in events(home) if event["event"] == "launched"]
+    assert sizes == [MAX_ARRAY, 4 - MAX_ARRAY]
     shown = sound(slurm, home)
     assert not any(shown["attempts_lost"][kind] for kind in ("crash", "walltime", "worker"))
     clocks = {node: float((home / f"clock-{node}").read_text()) for node in NODES}
