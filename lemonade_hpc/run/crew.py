@@ -154,6 +154,7 @@ class Crew:
         fault = None
         if bye is None and how not in FATE:
             output = self._backend.last_output(name)
+            self._heard_any |= bool(output)  # what it wrote has come to the run folder
             fault = f"worker {name} {how}" + (f": {output}" if output else "")
         elif bye == worker.UNFIT:
             fault = f"worker {name} cannot start training: {handle.trouble}"

@@ -294,12 +294,20 @@ def test_workers_that_were_cancelled_before_a_coordinators_life_are_replaced(run
 
 def test_where_no_worker_was_ever_heard_of_the_run_folder_is_asked_after(run: Path) -> None:
     class Blind(FakeCluster):
+        said = ""
+
         def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
             pass
+
+        def last_output(self, name: str) -> str:
+            return self.said
 
     with pytest.raises(
         RunFailed, match=r"10 workers in a row .*None has ever been heard of: can the nodes see and write /"
     ):
+        doubles.search(run, settings(), backend=Blind(run))
+    Blind.said = "no such module"  # which came to the run folder
+    with pytest.raises(RunFailed, match=r"10 workers in a row .* died: no such module$"):
         doubles.search(run, settings(), backend=Blind(run))
 
 
