@@ -47,7 +47,8 @@ def spent(history: History, retries: int) -> Iterator[Message]:
         for kind, most in allowed(retries).items():
             if counts[kind] > most:
                 last = [one for one in attempts if one.lost == kind][-1]
-                reason = f"{counts[kind]} attempts ended so; the last one: {last.reason}{ADVICE.get(kind, '')}"
+                ended = f"{counts[kind]} attempt{'s' * (counts[kind] > 1)} ended so"
+                reason = f"{ended}; the last one: {last.reason}{ADVICE.get(kind, '')}"
                 digest = history.state.in_flight[number].digest
                 failure = {"kind": kind, "reason": reason}
                 yield {"child": number, "attempt": last.id, "digest": digest, "failure": failure}

@@ -225,8 +225,7 @@ class Coordinator:
         self._crew.start(len(due))
         waiting = [n for n in due if all(one.lost is not None for one in self.history.attempts[n])]
         self._crew.hand_out(waiting, ahead)
-        if not waiting:
-            self._crew.level()
+        self._crew.level()
 
     def _fill(self) -> None:
         """Give workers that go on without a coordinator work for their time, until another coordinator has come."""

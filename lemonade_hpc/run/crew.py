@@ -155,6 +155,7 @@ class Crew:
         fault = None
         if bye is None and how not in FATE:
             output = self._backend.last_output(name)
+            self._heard_any |= bool(output)  # what it wrote has come to the run folder
             fault = f"worker {name} {how}" + (f": {output}" if output else "")
         elif bye == worker.UNFIT:
             fault = f"worker {name} cannot start training: {handle.trouble}"
@@ -226,9 +227,8 @@ class Crew:
         """
         history, chosen = self._ledger.history, list[tuple[WorkerHandle, Key]]()
         for number in numbers:
-            crashed = {one.node for one in history.attempts[number] if one.lost == "crash"}
-            elsewhere = [one for one in self.handles.values() if one.node not in crashed]
-            present = [one for one in elsewhere or self.handles.values() if one.present]
+            nodes = self._nodes_for(number)
+            present = [one for one in self.handles.values() if one.present and one.node in nodes]
             handle = min(present, key=lambda one: len(one.tasks), default=None)
             if handle is None or len(handle.tasks) >= ahead:
                 continue
@@ -240,13 +240,20 @@ class Crew:
         for handle, key in chosen:
             handle.assign(key)
 
+    def _nodes_for(self, number: int) -> set[str | None]:
+        """Where a child may be tried next; None stands for wherever a worker will be that waits for a machine."""
+        nodes = {handle.node for handle in self.handles.values()}
+        crashed = {one.node for one in self._ledger.history.attempts[number] if one.lost == "crash"}
+        return nodes - crashed or nodes
+
     def level(self) -> None:
-        """Ask for children that wait behind another back, one for each worker that has none."""
+        """Ask for children that wait behind another back, one for each worker that has none and may try it."""
         present = [handle for handle in self.handles.values() if handle.present]
-        idle = sum((not handle.tasks) - handle.recalling for handle in present)
+        idle = {handle.node for handle in present if not handle.tasks}
+        free = sum((not handle.tasks) - handle.recalling for handle in present)
         for handle in present:
-            if idle > 0 and handle.recall(but=1):
-                idle -= 1
+            if free > 0 and handle.recall(but=1, only=lambda number: bool(idle & self._nodes_for(number))):
+                free -= 1
 
     # ------------------------------------------------------------ beginnings
 

@@ -6,6 +6,7 @@ Decides: what a report says of the worker itself. What follows from it is the co
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from lemonade_hpc import files
@@ -63,9 +64,12 @@ class WorkerHandle:
         """How many children it has been asked for back and may still return."""
         return len(self._recalled & self.tasks.keys() - self.started)
 
-    def recall(self, *, but: int) -> bool:
-        """Ask for a child back that has not begun, the last one first; False if it has none to give `but` so many."""
-        waiting = [key for key in self.tasks if key not in self.started and key not in self._recalled]
+    def recall(self, *, but: int, only: Callable[[int], bool] = lambda number: True) -> bool:
+        """Ask for a child of `only` those back that has not begun, the last one first.
+
+        False if it has none to give, or no more than `but` so many.
+        """
+        waiting = [key for key in self.tasks if key not in self.started | self._recalled and only(key[0])]
         if len(self.tasks) <= but or not waiting:
             return False
         child, attempt = waiting[-1]

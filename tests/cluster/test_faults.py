@@ -122,24 +122,38 @@ if trainer:
 """
 
 
+STUCK = """
+if trainer:
+    from lemonade_hpc.learn import checkpoints
+    due = checkpoints.Keeper._due
+    def after_a_batch(keeper, moment):
+        if keeper._folder.parent.name == "000010" and once("stuck"):
+            (home / "stuck").write_text("{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ))
+            time.sleep(1000)
+        return due(keeper, moment)
+    checkpoints.Keeper._due = after_a_batch
+"""
+
+
 def test_workers_that_are_requeued_or_ended_for_their_time_give_their_children_back(
     slurm: Slurm, home: Path, expected: list[Any]
 ) -> None:
     """A worker lives once: its job, which would begin anew, is cancelled. Slurm looks at times every half a minute."""
-    settings(home, setup=[hook(home, SLOW.format(0.2))])
+    settings(home, setup=[hook(home, STUCK)])
     search = begun(slurm, home)
-    ended_by_slurm, requeued = (job["id"] for job in running(slurm)[:2])
+    stuck = wait_for("a child is stuck", lambda: (home / "stuck").read_text())
+    requeued = next(job["id"] for job in running(slurm) if job["id"] != stuck)
     with pytest.raises(RuntimeError, match="presently disabled"):
         slurm.run("scontrol", "requeue", requeued)
     slurm.run("scontrol", "update", f"JobId={requeued}", "Requeue=1", root=True)
     slurm.run("scontrol", "requeue", requeued)
-    slurm.run("scontrol", "update", f"JobId={ended_by_slurm}", "EndTime=now", root=True)
+    slurm.run("scontrol", "update", f"JobId={stuck}", "EndTime=now", root=True)
     ended(search)
     assert finished(slurm, home, expected)
     left = sound(slurm, home)["workers_left"]
     assert left["requeued"] == left["time limit"] == 1
     states = {job["id"]: job["state"] for job in slurm.jobs()}
-    assert (states[requeued], states[ended_by_slurm]) == ("CANCELLED", "TIMEOUT")
+    assert (states[requeued], states[stuck]) == ("CANCELLED", "TIMEOUT")
 
 
 def test_a_job_that_waits_for_what_does_not_come_by_itself_is_told(
@@ -175,7 +189,7 @@ if trainer:
         if child == "000005":
             time.sleep(1000)  # and hears no wish for a checkpoint
         if child == "000006" and not local:
-            time.sleep(2)
+            time.sleep(1)
         if child == "000007":
             os.kill(os.getpid(), 11)
         if child == "000008":
@@ -188,7 +202,7 @@ if trainer:
 def test_children_that_need_more_time_than_a_worker_has_or_crash_or_flood_their_log(slurm: Slurm, home: Path) -> None:
     """Of eight in one generation, one is never ready and one always crashes; one takes the time of several workers."""
     setup = hook(home, CHILDREN)
-    content = settings(home, time_min=2, retries=1, setup=[setup])
+    content = settings(home, time_min=2, retries=0, setup=[setup])
     for backend in ("local", "slurm"):
         content["search"]["children"], content["cluster"]["backend"] = 16, backend
         (home / f"{backend}.yaml").write_text(yaml.safe_dump(content))
@@ -200,12 +214,13 @@ def test_children_that_need_more_time_than_a_worker_has_or_crash_or_flood_their_
     shown = json.loads(lemonade(slurm, home, "status", "run", "--json")[1])
     failures = {failure["child"]: failure for failure in shown["failures"]}
     assert {child: failure["kind"] for child, failure in failures.items()} == {5: "walltime", 7: "crash"}
-    assert failures[5]["reason"].startswith("2 attempts ended so") and "raise cluster.time_min" in failures[5]["reason"]
-    assert failures[7]["reason"].startswith("2 attempts ended so") and "SIGSEGV" in failures[7]["reason"]
+    assert failures[5]["reason"].startswith("1 attempt ended so") and "raise cluster.time_min" in failures[5]["reason"]
+    assert failures[7]["reason"].startswith("1 attempt ended so") and "SIGSEGV" in failures[7]["reason"]
+    lost = [event for event in events(home) if event["event"] == "lost"]
+    done = [event["done"] for event in lost if (event["child"], event["kind"]) == (6, "walltime")]
+    assert 0 < len(done) < 9 and done == sorted(set(done))
     given = Counter(event["child"] for event in events(home) if event["event"] == "attempt")
-    lost = [event for event in events(home) if event["event"] == "lost" and event["child"] == 6]
-    done = [event["done"] for event in lost if event["kind"] == "walltime"]
-    assert given[5] == given[7] == 2 and done == sorted(set(done)) and len(done) > 0
+    assert max(given.values()) < 9, given
     (outcome,) = [e["outcome"] for e in events(home) if e["event"] == "committed" and e["outcome"]["child"] == 6]
     assert outcome["resumed"] == pytest.approx(done[-1])
     logs = [path.stat().st_size for path in home.glob("run/workers/*/trainer.log")]
@@ -274,15 +289,11 @@ if trainer and node == "n3":
     assert code == 0 and "node n2 is excluded" in out and "node n3 is excluded" in out
 
 
-def test_where_all_nodes_fail_everything_the_run_ends_and_goes_on_once_that_is_mended(
-    slurm: Slurm, home: Path, expected: list[Any]
-) -> None:
+def test_where_all_nodes_fail_everything_the_run_ends_and_says_why(slurm: Slurm, home: Path) -> None:
     settings(home, setup=["echo no such module >&2", "exit 1"])
     code, _, err = lemonade(slurm, home, "search", "slurm.yaml", "--run", "run")
-    assert code == 1 and "no such module" in err.splitlines()[-1] + err, err
-    settings(home)
-    assert finished(slurm, home, expected)
-    sound(slurm, home)
+    said = " ".join(err.split()).rpartition("error: ")[2]
+    assert code == 1 and said.endswith("no such module"), err
 
 
 def test_where_the_nodes_do_not_see_the_run_folder_that_is_asked_after(slurm: Slurm, home: Path) -> None:
@@ -298,7 +309,7 @@ def test_data_that_the_nodes_do_not_see_are_named_and_the_run_goes_on_with_them(
     import numpy as np
 
     np.savez(home / "digits.npz", x=np.moveaxis(digits.images, 1, 3), y=digits.labels)
-    content = settings(home)
+    content = settings(home, workers=2)
     content["search"]["children"] = 2
     for name, root in (("wrong", home / "hidden/digits.npz"), ("right", home / "digits.npz")):
         content["data"] = {"name": "npz", "root": str(root)}
@@ -350,37 +361,45 @@ def test_a_full_queue_means_fewer_workers(slurm: Slurm, home: Path, expected: li
     finally:
         slurm.run("sacctmgr", "-i", "modify", "user", USER, "set", "maxsubmitjobs=-1", root=True)
     told(home, "so fewer workers run: sbatch: error: AssocMaxSubmitJobLimit")
-    assert finished(slurm, home, expected)
+    names = finished(slurm, home, expected)
     launched = [event["workers"] for event in events(home) if event["event"] == "launched"]
     left = {event["worker"]: event["how"] for event in events(home) if event["event"] == "left"}
     assert [len(names) for names in launched] == [3, 1, 1] and {left[name] for name in launched[0]} == {"not started"}
-    assert len([job for job in slurm.jobs() if job["state"] == "COMPLETED"]) == 2
+    assert len([job for job in slurm.jobs() if job["name"] in names]) == 2
     assert "not started" not in sound(slurm, home)["workers_left"]
-
-
-def test_more_workers_than_an_array_may_have_are_several_arrays(slurm: Slurm, home: Path, expected: list[Any]) -> None:
-    assert len(finished(slurm, home, expected)) == 2
-    sizes = [len(event["workers"]) for event in events(home) if event["event"] == "launched"]
-    assert sizes == [MAX_ARRAY, 4 - MAX_ARRAY]
 
 
 # ---------------------------------------------------------------- clocks (17)
 
 
-def test_clocks_that_are_an_hour_apart_disturb_nobody(slurm: Slurm, home: Path, expected: list[Any]) -> None:
-    """One node an hour ahead, one behind, and the coordinator that takes over behind them all."""
+CLOCK = """
+import select  # libfaketime 0.9.10 has clock_nanosleep fail where the monotonic clock is left alone
+time.sleep = lambda seconds: select.select([], [], [], seconds) and None
+if trainer:
+    (home / f"clock-{node}").write_text(str(time.time()))
+"""
+
+
+def test_clocks_that_are_an_hour_apart_disturb_nobody_and_arrays_are_no_larger_than_the_site_takes(
+    slurm: Slurm, home: Path, expected: list[Any]
+) -> None:
+    """One node an hour ahead, one behind, and the coordinator that takes over behind them all. (16, 17)"""
     lines = [
         f"case $SLURMD_NODENAME in n1) export LD_PRELOAD={FAKETIME} FAKETIME=+1h;; n2) export LD_PRELOAD={FAKETIME} "
         f"FAKETIME=-1h;; esac; export FAKETIME_DONT_FAKE_MONOTONIC=1",
-        hook(home, "if trainer:\n    (home / f'clock-{node}').write_text(str(time.time()))"),
+        hook(home, CLOCK),
     ]
     settings(home, setup=lines)
     first = begun(slurm, home)
     first.kill()
     first.communicate()
-    shift = ("env", f"LD_PRELOAD={FAKETIME}", "FAKETIME=-2h", "FAKETIME_DONT_FAKE_MONOTONIC=1")
-    ended(start(slurm, home, *shift, *LEMONADE, "search", "slurm.yaml", "--run", "run"))
+    shift = (f"LD_PRELOAD={FAKETIME}", "FAKETIME=-2h", "FAKETIME_DONT_FAKE_MONOTONIC=1")
+    hooked = f"PYTHONPATH={home}/hook:{PACKAGE}"
+    ended(start(slurm, home, "env", *shift, hooked, *LEMONADE, "search", "slurm.yaml", "--run", "run"))
     assert finished(slurm, home, expected)
-    assert sound(slurm, home)["attempts_lost"] == {"crash": 0, "walltime": 0, "worker": 0, "stopped": 0}
+    sizes = [len(event["workers"]) for event in events(home) if event["event"] == "launched"]
+    assert sizes == [MAX_ARRAY, 4 - MAX_ARRAY]
+    shown = sound(slurm, home)
+    assert not any(shown["attempts_lost"][kind] for kind in ("crash", "walltime", "worker"))
     clocks = {node: float((home / f"clock-{node}").read_text()) for node in NODES}
     assert 3000 < clocks["n1"] - clocks["n3"] < 4200 and 3000 < clocks["n4"] - clocks["n2"] < 4200

@@ -188,6 +188,26 @@ def test_a_child_that_crashes_everywhere_is_itself_at_fault(run: Path) -> None:
     assert all(len(by_child[child]) == 3 for child in (5, 6, 7, 8))  # never twice on the same node
 
 
+@pytest.mark.parametrize("crashing", [5, 7, 8])
+def test_a_child_that_crashed_where_a_worker_is_idle_waits_for_another_node_in_peace(run: Path, crashing: int) -> None:
+    """It was taken back from the busy worker for the idle one, and given to the busy one again, in every turn."""
+
+    def words(node: str, task: Message) -> str | None:
+        if node == "n1" and task["child"] > 3:
+            return "hang"
+        return "crash" if task["child"] == crashing else None
+
+    made = doubles.start(run, settings(workers=2), FakeCluster(run, words, num_nodes=2))
+    for _ in range(200):
+        made._turn()
+    attempts = made.history.attempts[crashing]
+    assert [one.node for one in attempts if one.lost == "crash"] == ["n0"] and attempts[-1].node == "n1"
+    assert len(attempts) <= 3
+    given = {handle.node: {number for number, _ in handle.tasks} for handle in made._crew.handles.values()}
+    assert given == {"n0": set(), "n1": {4, crashing}}  # the others did not have to wait behind either
+    made.close()
+
+
 def test_the_only_node_is_not_excluded_for_its_children(run: Path) -> None:
     backend = FakeCluster(run, lambda node, task: "crash" if task["child"] > 12 else None, num_nodes=1)
     history = doubles.search(run, settings(), backend=backend)
@@ -297,12 +317,20 @@ def test_workers_that_were_cancelled_before_a_coordinators_life_are_replaced(run
 
 def test_where_no_worker_was_ever_heard_of_the_run_folder_is_asked_after(run: Path) -> None:
     class Blind(FakeCluster):
+        said = ""
+
         def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
             self.node_of |= dict.fromkeys(names, "nowhere")
+
+        def last_output(self, name: str) -> str:
+            return self.said
 
     with pytest.raises(
         RunFailed, match=r"10 workers in a row .*None has ever been heard of: can the nodes see and write /"
     ):
+        doubles.search(run, settings(), backend=Blind(run))
+    Blind.said = "no such module"  # which came to the run folder
+    with pytest.raises(RunFailed, match=r"10 workers in a row .* died: no such module$"):
         doubles.search(run, settings(), backend=Blind(run))
 
 
