@@ -63,7 +63,7 @@ STUCK = re.compile(
 """In reasons for which a job waits until somebody changes something."""
 TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again")
 """What sbatch says, among other words, where the same call may succeed later, or has succeeded."""
-CROWDED = re.compile(r"\w*SubmitJob\w*Limit")
+CROWDED = re.compile(r"\w*(Max|Grp)SubmitJob\w+")
 """What it says, among other words, where its user, account or QOS has as many jobs in the queue as it may."""
 NO_TASK = "4294967294"
 """Stands for the index that tasks of an array have lost."""
@@ -346,7 +346,8 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
         past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State,NodeList")
         if answer is None and past is None:
             return None
-        found = _named(run_id, wanted, map(_told_by_sacct, (past or "").splitlines())) | found
+        rows = [row for row in map(_told_by_sacct, (past or "").splitlines()) if _is_due(row, answer is not None)]
+        found = _named(run_id, wanted, rows) | found
     return Answer(found, answer is not None)
 
 
@@ -395,6 +396,11 @@ def _told_by_sacct(line: str) -> Sequence[str]:
     """The same, of a line of id, name, state and node."""
     id_, name, state, node = (line.split("|") + 4 * [""])[:4]
     return (id_, name, state, "", node)
+
+
+def _is_due(row: Sequence[str], unqueued: bool) -> bool:
+    """Whether accounting can be believed: of tasks together it is late, so only of ended ones that left the queue."""
+    return "[" not in row[0] or (unqueued and row[2].partition(" ")[0] in ENDED)
 
 
 def _site_limit() -> int | None:

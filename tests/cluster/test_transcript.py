@@ -31,6 +31,7 @@ AccountingStorageEnforce=associations,limits,qos,wckeys
 LIMITS = {
     "AssocMaxSubmitJobLimit": ("user", USER, "MaxSubmitJobs"),
     "AssocGrpSubmitJobsLimit": ("account", "lab", "GrpSubmitJobs"),
+    "MaxSubmitJobsPerAccount": ("qos", "normal", "MaxSubmitJobsPerAccount"),
 }
 
 
@@ -53,7 +54,9 @@ class RealStage:
 
     def happens(self, what: str) -> None:
         who, change = what.split()
-        if change == "ends":
+        if who.startswith("n"):
+            self.slurm.run("scontrol", "update", f"NodeName={who}", "State=DOWN", "Reason=lost", root=True)
+        elif change == "ends":
             self.slurm.stop(who)
         elif who == "slurmdbd":
             self.slurm.start_accounting()
@@ -63,6 +66,8 @@ class RealStage:
             for name, (kind, of, key) in LIMITS.items():
                 limit = change if name == who else "-1"
                 self.slurm.run("sacctmgr", "-i", "modify", kind, of, "set", f"{key}={limit}", root=True)
+            if who == "limits":
+                return
             script = f"#!/bin/sh\n#SBATCH --array=0-{change} --mem=1M\ntrue\n"
             wait_for("the limit holds", lambda: who in self.run(("sbatch", "--test-only"), script).err)
 

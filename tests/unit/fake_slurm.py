@@ -24,7 +24,7 @@ from submitit.core import utils
 
 from lemonade_hpc.run import chain, slurm
 
-COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sacct", "srun")
+COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sacct", "sinfo", "srun")
 UID = 1000
 MIN_JOB_AGE_S = 300.0
 """How long squeue shows a job that has ended."""
@@ -35,6 +35,8 @@ TIMED_OUT = "Socket timed out on send/recv operation"
 NO_TASK = "4294967294"
 NO_NODES = "Requested node configuration is not available"
 LIMITED = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+REASONS = {"FAILED": "NonZeroExitCode", "NODE_FAIL": "NodeDown", "TIMEOUT": "TimeLimit"}
+"""What squeue says of why, of a job that has ended."""
 REFUSALS = {
     "partition": "Invalid partition name specified",
     "account": "Invalid account or account/partition combination specified",
@@ -122,6 +124,8 @@ class FakeSlurm:
         self.now = 1000.0
         self.controller = self.accounting = True
         """Whether slurmctld and slurmdbd answer."""
+        self.available = True
+        """Whether a node is up; if none is, sbatch takes a job, but `--test-only` does not."""
         self.mute = False
         """Whether sbatch's answer is lost on the way."""
         self.lag_s = 0.0
@@ -143,7 +147,7 @@ class FakeSlurm:
         for job in self.running():
             if self.now > job.ends:
                 self.end(job, job.fate)
-        if self.controller:
+        if self.controller and self.available:
             self._schedule()
 
     def running(self) -> list[Job]:
@@ -152,8 +156,7 @@ class FakeSlurm:
     def end(self, job: Job, state: str) -> None:
         """A job is over."""
         job.state, job.ended = state, self.now
-        if state == "FAILED":
-            job.reason = "NonZeroExitCode"
+        job.reason = REASONS.get(state, job.reason)
         self.ended(job)
 
     def preempt(self, job: Job, grace_s: float) -> None:
@@ -213,6 +216,8 @@ class FakeSlurm:
             return self._sacct(options)
         if command[0] == "scancel":
             return self._scancel(options, words)
+        if command[0] == "sinfo":
+            return self._sinfo(options)
         return self._squeue(options) if command[0] == "squeue" else self._scontrol(words)
 
     def _sbatch(self, said: dict[str, str], words: list[str], stdin: str | None) -> Answer:
@@ -223,15 +228,15 @@ class FakeSlurm:
         tasks = _tasks(options["array"]) if "array" in options else [None]
         if refused := _refused_before_it_is_sent(options) or self._refused(options, tasks):
             return refused
+        number = self._next if "test-only" in options else self._enter(options, text, tasks)
+        if self.mute:
+            return Answer(1, "", f"{_failed(options)}: {TIMED_OUT}\n")
         if "test-only" in options:
             node = next(node for node in self.nodes if node not in _avoided(options))
             where = f"on nodes {node} in partition {options.get('partition', 'main')}"
             self._next += 1
-            start = f"Job {self._next - 1} to start at 2026-01-01T00:00:00 using 1 processors"
+            start = f"Job {number} to start at 2026-01-01T00:00:00 using 1 processors"
             return Answer(0, "", f"sbatch: {start} {where}\n")
-        number = self._enter(options, text, tasks)
-        if self.mute:
-            return Answer(1, "", f"sbatch: error: Batch job submission failed: {TIMED_OUT}\n")
         return Answer(0, f"{number}\n" if "parsable" in options else f"Submitted batch job {number}\n")
 
     def _enter(
@@ -247,12 +252,9 @@ class FakeSlurm:
 
     def _refused(self, options: dict[str, str], tasks: Sequence[int | None]) -> Answer | None:
         first, why = self._objection(options, tasks)
-        if not why:
-            return None
         if why == NO_NODES and "test-only" not in options:
             self._enter(options, "", [None], "FAILED", "BadConstraints")
-        failed = "allocation failure" if "test-only" in options else "sbatch: error: Batch job submission failed"
-        return Answer(1, "", f"{first}{failed}: {why}\n")
+        return Answer(1, "", f"{first}{_failed(options)}: {why}\n") if why else None
 
     def _objection(self, options: dict[str, str], tasks: Sequence[int | None]) -> tuple[str, str]:
         """What slurmctld says first, and why it refuses; both empty where it does not."""
@@ -270,6 +272,8 @@ class FakeSlurm:
                 return f"sbatch: error: {name}\n", LIMITED
         if not _avoided(options) <= set(self.nodes):
             return "", "Invalid node name specified"
+        if not self.available and "test-only" in options:
+            return "", NO_NODES
         num_gpus = int(options.get("gres", "gpu:1").rpartition(":")[2])
         return "", NO_NODES if num_gpus > 1 or _avoided(options) == set(self.nodes) else ""
 
@@ -286,8 +290,18 @@ class FakeSlurm:
             if all(str(job.number) != wanted.partition("_")[0] for job in self._queue):
                 return Answer(1, "", "slurm_load_jobs error: Invalid job id specified\n")
             shown = [job for job in shown if wanted in (job.id, str(job.number))]
-        rows = [(_id(job, index), job) for index, job in _records(shown, each="array" in options)]
-        return Answer(0, "".join(f"{_formatted(options['format'], id, job)}\n" for id, job in rows))
+        lines = [
+            _filled(options["format"], i=_id(job, index), j=job.name, T=job.state, r=job.reason, N=job.node)
+            for index, job in _records(shown, each="array" in options)
+        ]
+        return Answer(0, "".join(lines))
+
+    def _sinfo(self, options: dict[str, str]) -> Answer:
+        assert options.keys() == {"all", "Node", "noheader", "format"}, options
+        if not self.controller:
+            return Answer(1, "", f"slurm_load_partitions: {NO_CONTROLLER}\n")
+        rows = [(node, partition) for node in self.nodes for partition in ("main*", "urgent")]
+        return Answer(0, "".join(_filled(options["format"], P=name, c="2", m="5000", G="gpu:1") for _, name in rows))
 
     def _scontrol(self, words: list[str]) -> Answer:
         what = {"config": "slurm_load_ctl_conf", "job": "slurm_load_jobs"}[words[1]]
@@ -299,7 +313,7 @@ class FakeSlurm:
         for index, job in _records(self._queue):
             array = f" ArrayJobId={job.number} ArrayTaskId={index or NO_TASK}" if job.task is not None else ""
             told = f"JobName={job.name} UserId=lemonade({UID}) JobState={job.state} Reason={job.reason}"
-            lines.append(f"JobId={job.number}{array} {told}\n")
+            lines.append(f"JobId={job.number}{array} {told} NodeList={job.node}\n")
         return Answer(0, "".join(lines) or "No jobs in the system\n")
 
     def _sacct(self, options: dict[str, str]) -> Answer:
@@ -317,7 +331,7 @@ class FakeSlurm:
                 continue
             state = f"CANCELLED by {UID}" if job.cancelled else job.state
             id = _id(job, index if job.begun or job.rest else job.known_as)
-            values = {"JobID": id, "JobName": job.name, "State": state}
+            values = {"JobID": id, "JobName": job.name, "State": state, "NodeList": job.node or "None assigned"}
             rows.append("|".join(values[column] for column in options["o"].split(",")))
         return Answer(0, "".join(f"{row}\n" for row in rows))
 
@@ -326,22 +340,18 @@ class FakeSlurm:
         if not self.controller:
             if options:
                 return Answer(1, "", f"slurm_load_jobs error: {NO_CONTROLLER}\n")
-            return Answer(
-                8, "", "".join(f"scancel: error: Kill job error on job id {w}: {NO_CONTROLLER}\n" for w in words)
-            )
+            said = [f"scancel: error: Kill job error on job id {word}: {NO_CONTROLLER}\n" for word in words]
+            return Answer(8, "", "".join(said))
         living = [job for job in self._queue if job.state in ("PENDING", "RUNNING")]
+        chosen = [job for job in living if job.id in words or str(job.number) in words]
         if options:
-            chosen = [
-                job for job in living if job.name == options["name"] and options.get("state") in (None, job.state)
-            ]
-        else:
-            chosen = [job for job in living if job.id in words or str(job.number) in words]
+            state = options.get("state")
+            chosen = [job for job in living if job.name == options["name"] and state in (None, job.state)]
         for number, tasks in _unbegun(chosen).items():
-            whole = len(tasks) == len([job for job in _unbegun(living)[number] if job.state == "PENDING"])
+            others_wait = len(tasks) < len(_unbegun(living)[number])
             for job in tasks:
-                job.rest = bool(options)
-                job.known_as = job.known_as or _listed(tasks)
-                if not whole:  # nobody knows any more of one that is cancelled while others wait on
+                job.rest, job.known_as = bool(options), job.known_as or _listed(tasks)
+                if others_wait:  # from then on nobody knows of it
                     self._queue.remove(job)
                     self.jobs.remove(job)
         for job in chosen:
@@ -365,12 +375,17 @@ def _read(words: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
 def _refused_before_it_is_sent(options: dict[str, str]) -> Answer | None:
     """What sbatch itself has against a job."""
-    for key in sorted(options.keys() - OPTIONS):
-        option = f"--{key}={options[key]}".rstrip("=")
-        return Answer(255, "", f"sbatch: unrecognized option '{option}'\nTry \"sbatch --help\" for more information\n")
+    unknown = [f"--{key}={value}".rstrip("=") for key, value in options.items() if key not in OPTIONS]
+    if unknown:
+        more = 'Try "sbatch --help" for more information'
+        return Answer(255, "", f"sbatch: unrecognized option '{unknown[0]}'\n{more}\n")
     if not options.get("gres", "gpu").startswith("gpu"):
         return Answer(1, "", "sbatch: error: Invalid generic resource (gres) specification\n")
     return None
+
+
+def _failed(options: dict[str, str]) -> str:
+    return "allocation failure" if "test-only" in options else "sbatch: error: Batch job submission failed"
 
 
 def _avoided(options: dict[str, str]) -> set[str]:
@@ -420,10 +435,9 @@ def _id(job: Job, index: str) -> str:
     return f"{job.number}_{index}" if index.isdigit() else f"{job.number}_[{index}]"
 
 
-def _formatted(pattern: str, id: str, job: Job) -> str:
-    """One line of squeue's."""
-    values = {"i": id, "j": job.name, "T": job.state, "r": job.reason}
-    return re.sub("%(.)", lambda found: values[found[1]], pattern)
+def _filled(pattern: str, **values: str) -> str:
+    """One line in the format that was asked for."""
+    return re.sub("%(.)", lambda found: values[found[1]], pattern) + "\n"
 
 
 def install(patch: pytest.MonkeyPatch, answer: Callable[[Sequence[str], str | None], Answer]) -> None:

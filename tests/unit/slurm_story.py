@@ -20,14 +20,14 @@ from fake_slurm import Answer
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError
-from lemonade_hpc.run import chain, record, session, slurm
-from lemonade_hpc.run.backends import Refused
+from lemonade_hpc.run import chain, record, request, session, site, slurm
+from lemonade_hpc.run.backends import NotNow, Refused
 
 TRANSCRIPT = Path(__file__).parents[1] / "cluster" / "transcripts" / "slurm-22.05.json"
 QUEUE = ("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i %j %T %r")
 FIRST_JOB, MAX_ARRAY, NO_JOB = 7001, 10, "7999"
 """Ids of jobs have four digits and begin with a 7."""
-READ = ("JobId", "ArrayJobId", "ArrayTaskId", "JobName", "JobState", "Reason")
+READ = ("JobId", "ArrayJobId", "ArrayTaskId", "JobName", "JobState", "Reason", "NodeList")
 """What is compared of `scontrol show job`: what the program reads, and of an array not the ids of its tasks."""
 ASKED_ELSEWHERE = ("chdir", "error", "output", "job-name")
 """Options with paths or ids in them, which are not compared."""
@@ -48,7 +48,8 @@ class Stage(Protocol):
         """Let some time pass."""
 
     def happens(self, what: str) -> None:
-        """`slurmctld ends`, `slurmctld starts`, the same of slurmdbd, or `AssocMaxSubmitJobLimit 2`."""
+        """`slurmctld ends`, `slurmctld starts`, the same of slurmdbd; `n3 ends`; or
+        `AssocMaxSubmitJobLimit 2`, instead of any other; or `limits end`."""
 
 
 class Story:
@@ -81,7 +82,7 @@ class Story:
         self.mute = mute
         try:
             concluded = program()
-        except (ConfigError, Refused) as error:
+        except (ConfigError, NotNow, Refused) as error:
             concluded = type(error).__name__
         self.mute = ()
         self.lines.append({"concludes": _told(concluded)})
@@ -106,7 +107,7 @@ class Story:
 
     def settings(self, **more: Any) -> Config:
         base = {"backend": "slurm", "workers": 4, "cpus_per_worker": 1, "mem_gb": 0.1, "max_array": 20, "time_min": 10}
-        coordinator = {"coordinator_time_min": 10, "coordinator_mem_gb": 0.1}
+        coordinator = {"coordinator_time_min": 10, "coordinator_mem_gb": 0.1, "coordinator_extra": {"gres": "gpu:1"}}
         return doubles.config(cluster=base | coordinator | {"setup": ["sleep 300"]} | more)
 
     def check(self, **more: Any) -> None:
@@ -241,7 +242,7 @@ def _a_chain(story: Story) -> None:
 
 
 def _ends(story: Story) -> None:
-    """A job that waits for somebody, one that fails and one that completes; more single jobs than nodes."""
+    """A job that waits for somebody, one that fails and one that completes; a limit of an array; a lost node."""
     held = story.launch(["held"], extra={"hold": True})
     story.launch(["fails"], setup=["exit 3"])
     story.launch(["completes"], setup=["exit 0"])
@@ -250,16 +251,31 @@ def _ends(story: Story) -> None:
     for launch in ("held", "fails", "completes"):
         story.jobs(launch, 1)
     story.jobs("held", 1, ("squeue",))
+    story.launch(["u0", "u1"], max_array=1)
+    story.until_seen(r"-u0 RUNNING", r"-u0 PENDING JobArrayTaskLimit")
+    story.jobs("u0", 2)
+    story.happens("n3 ends")
+    story.until_seen(r"-w0 NODE_FAIL")
+    story.jobs("w0", 6)
     story.ask("kill held", lambda: held.kill("held"))
     story.until_seen(r"-held CANCELLED")
     story.jobs("held", 1)
 
 
 def _limits(story: Story) -> None:
-    for name in ("AssocMaxSubmitJobLimit", "AssocGrpSubmitJobsLimit"):
+    script = request.script(story.settings().cluster, "check", story.run)
+    for name in ("AssocMaxSubmitJobLimit", "AssocGrpSubmitJobsLimit", "MaxSubmitJobsPerAccount"):
         story.happens(f"{name} 6")
         story.check()
         story.launch([f"y{k}" for k in range(5)])
+        story.ask("whether two fit", lambda: (slurm.refusal(script, "--array=0-1") or "").partition("\n")[0])
+        story.ask("whether five fit", lambda: (slurm.refusal(script, "--array=0-4") or "").partition("\n")[0])
+    story.happens("limits end")
+    story.ask("check of a coordinator", lambda: slurm.check_script(_coordinator(story), "it"))
+
+
+def _coordinator(story: Story) -> str:
+    return chain.script(story.settings(), story.run, chain.job_name(story.id))
 
 
 def _outages(story: Story) -> None:
@@ -269,6 +285,7 @@ def _outages(story: Story) -> None:
     story.happens("slurmdbd starts")
     story.happens("slurmctld ends")
     story.ask("site limit", slurm._site_limit)
+    story.ask("what nodes there are", lambda: slurm.ask(*site.QUESTION))
     story.jobs("fails", 1)
     story.check()
     story.launch(["z0", "z1"])
@@ -291,7 +308,7 @@ def _normal(story: Story) -> list[dict[str, Any]]:
         (re.escape(str(story.run.resolve())), "RUN"), (re.escape(str(story.run)), "RUN"),
         (re.escape(slurm.prefix(story.id)), "lemonade-ID-"), (r"file_[0-9a-f]{32}", "file_UUID"),
         (r"CANCELLED by \d+", "CANCELLED by UID"), (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "TIME"),
-        (r"host:[\d.]+:\d+", "host:HOST:PORT"),
+        (r"on nodes n\d", "on nodes NODE"), (r"host:[\d.]+:\d+", "host:HOST:PORT"),
     ):  # fmt: skip
         text = re.sub(pattern, word, text)
     labels: dict[str, str] = {NO_JOB: "NOJOB"}
