@@ -160,10 +160,10 @@ def show_status(
     """Show what runs, what is done, failures with reasons, the front."""
     _exclusive(watch=watch, json=as_json)
 
-    from lemonade_hpc.run import record, slurm, status
+    from lemonade_hpc.run import queue, record, status
     from lemonade_hpc.view import tables
 
-    judge = slurm.PatientJudge()
+    judge = queue.PatientJudge()
     num_validation = record.read_identity(run)["data"]["num_validation"]
     if as_json:
         typer.echo(json.dumps(status.status(run), indent=1))

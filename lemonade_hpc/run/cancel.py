@@ -15,7 +15,7 @@ from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import ConfigError
-from lemonade_hpc.run import chain, lease, owner, record, slurm
+from lemonade_hpc.run import chain, lease, owner, queue, record
 
 LEAVE_S = 60.0
 """How long a coordinator may take to leave in good order."""
@@ -30,7 +30,7 @@ def stop(run: Path) -> str:
     owned = lease.read_owner(run, numbers[-1]) if numbers else None
     if owned is not None and owned["config"]["cluster"]["backend"] == "slurm":
         chain.end(run_id)
-    if owned is None or slurm.judge(owned["owner"]) == "gone":
+    if owned is None or queue.judge(owned["owner"]) == "gone":
         return "no coordinator is at work; workers, if any, end what they have and leave"
     with open(run / files.stop_order(numbers[-1]), "ab") as file:
         file.write(b".")
@@ -48,7 +48,7 @@ def cancel(run: Path) -> list[str]:
         return []
     owned = lease.read_owner(run, numbers[-1])
     who, on_slurm = owned["owner"], owned["config"]["cluster"]["backend"] == "slurm"
-    verdict = slurm.judge(who)
+    verdict = queue.judge(who)
     if verdict == "unknown":
         raise ConfigError(
             f"{run}: its coordinator is {owner.describe(who)}, which cannot be reached from here; end it there first, "
@@ -77,20 +77,20 @@ def _end_coordinator(who: dict[str, Any]) -> list[str]:
 
 def _end_job(job: str) -> None:
     """Cancel a coordinator's job and wait until it is over."""
-    if slurm.ask("scancel", job) is None:
+    if queue.ask("scancel", job) is None:
         raise ConfigError(f"scancel failed for job {job}; try again later")
     deadline = time.monotonic() + LEAVE_S
-    while not slurm.job_has_ended(job):
+    while not queue.job_has_ended(job):
         if time.monotonic() > deadline:
             raise ConfigError(f"job {job} does not end; try again later")
         time.sleep(POLL_JOB_S)
 
 
 def _cancel_jobs(run_id: str) -> list[str]:
-    answer = slurm.jobs_of(run_id)
+    answer = queue.jobs_of(run_id)
     if answer is None or not answer.all:
         raise ConfigError("squeue does not answer: whether workers are left is not known; try again later")
-    living = sorted(job.id for job in answer.jobs.values() if job.state not in slurm.ENDED)
-    if living and slurm.ask("scancel", *living) is None:
+    living = sorted(job.id for job in answer.jobs.values() if job.state not in queue.ENDED)
+    if living and queue.ask("scancel", *living) is None:
         raise ConfigError(f"scancel failed for the jobs {', '.join(living)}; try again later")
     return [f"job {job}" for job in living]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, Config, ConfigError, dump
-from lemonade_hpc.run import record, slurm
+from lemonade_hpc.run import queue, record
 from lemonade_hpc.run.ledger import RunFailed
 from lemonade_hpc.run.record import History
 
@@ -29,7 +29,7 @@ TEMPLATE = Path(__file__).with_name("coordinator.sbatch")
 
 def job_name(run_id: str) -> str:
     """The name that the jobs of one run's chain share; no worker has it."""
-    return f"{slurm.prefix(run_id)}{slurm.COORDINATOR}"
+    return f"{queue.prefix(run_id)}{queue.COORDINATOR}"
 
 
 def script(config: Config, run: Path, name: str) -> str:
@@ -78,7 +78,7 @@ def begin(config: Config, run: Path) -> str:
     files.write(folder / TEMPLATE.name, script(config, run, name).encode())
     command = ("sbatch", "--parsable", str((folder / TEMPLATE.name).resolve()))
     try:
-        limit = slurm.QUERY_TIMEOUT_S
+        limit = queue.QUERY_TIMEOUT_S
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"sbatch does not answer; whether it has submitted {name} squeue will show") from None
@@ -89,7 +89,7 @@ def begin(config: Config, run: Path) -> str:
 
 def waiting(run_id: str) -> list[str]:
     """The jobs of a run's chain, at work or not yet; raises ConfigError where Slurm does not say."""
-    answer = slurm.ask("squeue", "--me", "--noheader", f"--name={job_name(run_id)}", "--format=%i")
+    answer = queue.ask("squeue", "--me", "--noheader", f"--name={job_name(run_id)}", "--format=%i")
     if answer is None:
         raise ConfigError("squeue does not answer: whether a coordinator is in the queue is not known; try again later")
     return answer.split()
@@ -97,7 +97,7 @@ def waiting(run_id: str) -> list[str]:
 
 def end(run_id: str) -> None:
     """Cancel the successor that waits: nobody is to go on by himself."""
-    slurm.ask("scancel", "--me", f"--name={job_name(run_id)}", "--state=PENDING")
+    queue.ask("scancel", "--me", f"--name={job_name(run_id)}", "--state=PENDING")
 
 
 def is_link() -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 
 from lemonade_hpc import __version__, files
 from lemonade_hpc.config import Config, ConfigError, to_dict
-from lemonade_hpc.run import journal, owner, slurm
+from lemonade_hpc.run import journal, owner, queue
 from lemonade_hpc.run.journal import Journal, RecordError
 from lemonade_hpc.run.log import LogWriter
 from lemonade_hpc.run.record import Loaded
@@ -172,7 +172,7 @@ def check_free(run: Path, *, take_over: bool) -> None:
         return
     try:
         who = read_owner(run, numbers[-1])["owner"]
-        verdict = slurm.judge(who)
+        verdict = queue.judge(who)
     except (RecordError, KeyError) as error:
         raise Held(
             f"{run}: who holds it cannot be told: {error}. If you know that nobody does, add --take-over"

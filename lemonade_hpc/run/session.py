@@ -18,7 +18,7 @@ from typing import Any
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
-from lemonade_hpc.run import backends, chain, lease, population, record, request, slurm
+from lemonade_hpc.run import backends, chain, lease, population, queue, record, request, slurm
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
 from lemonade_hpc.run.ledger import Halted
@@ -106,7 +106,7 @@ def submission(config: Config, run: Path) -> tuple[str, str]:
     new = not (run / files.RUN).exists()
     run_id = "x" * 8 if new else record.read_identity(run)["run"]
     folder = run / files.WORKERS / "e1w00" / "job"
-    worker = request.script(config.cluster, f"{slurm.prefix(run_id)}e1w00", folder)
+    worker = request.script(config.cluster, f"{queue.prefix(run_id)}e1w00", folder)
     return chain.script(config, run, chain.job_name(run_id)), worker
 
 

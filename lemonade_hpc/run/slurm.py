@@ -1,53 +1,35 @@
 """Workers as tasks of Slurm arrays, submitted through submitit.
 
-Decides: what is asked of Slurm, when, and what its answers mean for a worker's life. A job's name says which run and
-which launch it belongs to, so that a coordinator finds in the queue what another one submitted, also where that one
-died around the call. A failed query says nothing; a job that is seen no more, or seen to have ended, counts as gone
-once that is seen twice. Never decides whether a child is finished: only its outcome does. submitit submits, and is
-asked nothing else.
+Decides: when Slurm is asked, and what its answers (`queue.py`) mean for a worker's life. A coordinator finds in the
+queue what another one submitted, also where that one died around the call. A failed query says nothing; a job that is
+seen no more, or seen to have ended, counts as gone once that is seen twice. Never decides whether a child is finished:
+only its outcome does. submitit submits, and is asked nothing else.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, ConfigError
-from lemonade_hpc.run import owner, site, worker
+from lemonade_hpc.run import queue, site, worker
 from lemonade_hpc.run.backends import CANCELLED, DIED, LAST_BYTES, REQUEUED, NotNow, Refused
 from lemonade_hpc.run.request import gpus_of, parameters, script
 
-Place = tuple[str, int]
-"""The first worker of a launch, and the index of a task of its array."""
-
-COORDINATOR = "coordinator"
-"""Stands in a job's name where a worker's has its launch."""
 COMMANDS = ("sbatch", "squeue", "scancel", "srun")
-IN_FULL = {"SLURM_BITSTR_LEN": "0"}
-"""Else a list of tasks ends after 64 characters."""
-QUERY_TIMEOUT_S = 20.0
-JUDGED_FOR_S = 60.0
 SILENT_QUERIES = 2
 """A worker that has said nothing for as long as this many queries are apart is looked up."""
-UNKNOWN_NODES = ("(null)", "None assigned")
 CONFIRMATIONS = 2
 """How often a job must be seen to have ended before its worker counts as gone."""
 UNSEEN_S = 900.0
 """How long a job may be missing from the queue while nothing is heard of its worker."""
-ENDED = frozenset({
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
-    "TIMEOUT",
-})  # fmt: skip
-"""States that a job which is not requeued never leaves; any other, known or not, is a life."""
 AGAIN = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 """States of a job that has not begun. Of a worker that was heard of they say that its job is to begin anew: a worker
 lives once, so it is over."""
@@ -65,10 +47,6 @@ TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporaril
 """What sbatch says, among other words, where the same call may succeed later, or has succeeded."""
 CROWDED = re.compile(r"\w*(Max|Grp)SubmitJob\w+")
 """What it says, among other words, where its user, account or QOS has as many jobs in the queue as it may."""
-NO_TASK = "4294967294"
-"""Stands for the index that tasks of an array have lost."""
-TASKS = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
-"""Indices of tasks that are told of together: "3", "3-5", "0-200:2"."""
 NODES_MAY_BE_DOWN = "requested node configuration is not available"
 """What `sbatch --test-only` says where sbatch itself would let the job wait, or refuse it in the same words."""
 
@@ -84,7 +62,7 @@ def check(cluster: Cluster) -> None:
     text = script(cluster, "lemonade-check", Path("."))
     said = check_script(text, "a worker as these settings describe it")
     if said is not None and NODES_MAY_BE_DOWN in said.lower():
-        unmet = site.unmet(cluster, ask(*site.QUESTION) or "")
+        unmet = site.unmet(cluster, queue.ask(*site.QUESTION) or "")
         if unmet is not None:
             raise ConfigError(f"{unmet}. Slurm says: {said}")
 
@@ -104,7 +82,9 @@ def refusal(text: str, *options: str) -> str | None:
     """Why Slurm would not take such a job now; None where it would, or does not answer."""
     command = ("sbatch", "--test-only", *options)
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=queue.QUERY_TIMEOUT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return None
     return done.stderr.strip() if done.returncode else None
@@ -128,7 +108,7 @@ class SlurmBackend:
         self._run, self._cluster, self._note = run.resolve(), cluster, note
         self._run_id = run_id
         self.gpus = gpus_of(cluster)
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, queue.Place] = {}
         self._heard_at: dict[str, float] = {}
         self._ended: dict[str, int] = {}
         """How many queries in a row saw a worker's job to have ended, or not at all."""
@@ -143,7 +123,7 @@ class SlurmBackend:
         """Reasons to wait that have been told."""
         self._unexplained: set[str] = set()
         """Workers that are gone, and how is asked."""
-        self._jobs: dict[Place, str] = {}
+        self._jobs: dict[queue.Place, str] = {}
         self._queried_at = self._submitted_at = -math.inf if first else time.monotonic()
 
     def room(self) -> int:
@@ -159,7 +139,7 @@ class SlurmBackend:
             if not limit:
                 if now - self._queried_at < self._cluster.status_s:
                     return 0
-                self._queried_at, limit = now, _site_limit() or self._cluster.max_array
+                self._queried_at, limit = now, queue.max_array_size() or self._cluster.max_array
             self._max_array = min(self._cluster.max_array, limit)
         return self._max_array if self._fits is None else self._room_left()
 
@@ -186,7 +166,7 @@ class SlurmBackend:
         self._places |= {name: (names[0], place) for place, name in enumerate(names)}
         self._submitted_at = time.monotonic()
         executor = SlurmExecutor(folder=self._folder(names[0]))
-        executor.update_parameters(**parameters(self._cluster, prefix(self._run_id) + names[0], avoid))
+        executor.update_parameters(**parameters(self._cluster, queue.prefix(self._run_id) + names[0], avoid))
         try:
             jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
         except FailedJobError as error:
@@ -225,7 +205,7 @@ class SlurmBackend:
             self._unexplained.discard(name)
             self.kill(name)
             return REQUEUED
-        if state in ENDED or seen >= CONFIRMATIONS or name not in self._places:  # the last: it left long ago
+        if state in queue.ENDED or seen >= CONFIRMATIONS or name not in self._places:  # the last: it left long ago
             self._unexplained.discard(name)
             return ENDS.get(state or "", DIED)
         self._unexplained.add(name)
@@ -235,7 +215,7 @@ class SlurmBackend:
         """Cancel its job, if it is known."""
         job = self._jobs.get(self._places.get(name, ("", 0)))
         if job is not None:
-            ask("scancel", job)
+            queue.ask("scancel", job)
 
     def node(self, name: str) -> str | None:  # noqa: D102
         return self._nodes.get(name)
@@ -253,7 +233,7 @@ class SlurmBackend:
         asked += self._unexplained - set(asked)
         if asked and now - self._queried_at >= self._cluster.status_s:
             self._queried_at = now
-            answer = jobs_of(self._run_id, {self._places[name] for name in asked})
+            answer = queue.jobs_of(self._run_id, {self._places[name] for name in asked})
             if answer is not None:
                 self._jobs |= {place: job.id for place, job in answer.jobs.items()}
                 for name in asked:
@@ -264,7 +244,7 @@ class SlurmBackend:
                         self._tell_if_stuck(job)
                         self._nodes |= {name: job.node} if job.node else {}
 
-    def _tell_if_stuck(self, job: Job) -> None:
+    def _tell_if_stuck(self, job: queue.Job) -> None:
         """Say it where a job waits for what will not come by itself."""
         if job.state == "PENDING" and job.reason not in (*self._stuck, "") and STUCK.search(job.reason):
             self._stuck.add(job.reason)
@@ -281,7 +261,7 @@ class SlurmBackend:
             return  # it was at work: Slurm may have forgotten a job that still writes its last words
         if state is not None:
             self._last_state[name] = state
-        if state is None or state in ENDED or (state in AGAIN and name in self._heard_at):
+        if state is None or state in queue.ENDED or (state in AGAIN and name in self._heard_at):
             self._ended[name] = self._ended.get(name, 0) + 1
             return
         self._ended[name] = 0
@@ -303,145 +283,3 @@ class SlurmBackend:
 
     def close(self) -> None:
         """Leave the workers as they are: they are told to stop by their mailboxes, if at all."""
-
-
-def prefix(run_id: str) -> str:
-    """How the names of all jobs of a run begin."""
-    return f"lemonade-{run_id[:8]}-"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job as Slurm shows it."""
-
-    id: str
-    state: str
-    reason: str = ""
-    """Why it waits."""
-    node: str = ""
-    """Where it runs, or ran."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What Slurm says of a run's jobs; `all`: one that is missing is not in the queue."""
-
-    jobs: dict[Place, Job]
-    all: bool
-
-
-def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
-    """Ask squeue, or scontrol where that fails, or sacct; None where nobody answers.
-
-    sacct is asked too after `wanted` jobs that the queue has forgotten. It may not know yet of jobs just submitted.
-    """
-    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r|%N")
-    if answer is not None:
-        found = _named(run_id, wanted, (line.split("|") for line in answer.splitlines()))
-    else:
-        answer = ask("scontrol", "show", "job", "--oneliner")
-        found = _named(run_id, wanted, map(_told_by_scontrol, (answer or "").splitlines()))
-    if answer is None or not found.keys() >= set(wanted):
-        name = ",".join(sorted({prefix(run_id) + launch for launch, _ in wanted}))
-        past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State,NodeList")
-        if answer is None and past is None:
-            return None
-        rows = [row for row in map(_told_by_sacct, (past or "").splitlines()) if _is_due(row, answer is not None)]
-        found = _named(run_id, wanted, rows) | found
-    return Answer(found, answer is not None)
-
-
-def judge(who: dict[str, Any]) -> owner.Verdict:
-    """Whether a coordinator lives: told by its process on this machine, else by its job."""
-    verdict = owner.judge(who)
-    if verdict == "unknown" and who.get("slurm_job"):
-        ended = job_has_ended(who["slurm_job"])
-        verdict = "unknown" if ended is None else "gone" if ended else "alive"
-    return verdict
-
-
-class PatientJudge:
-    """`judge` for somebody who asks again and again: Slurm is asked once a minute."""
-
-    def __init__(self) -> None:
-        self._said: dict[str, tuple[float, owner.Verdict]] = {}
-
-    def __call__(self, who: dict[str, Any]) -> owner.Verdict:
-        """Whether a coordinator lives, as far as has been known for less than a minute."""
-        asked_at, verdict = self._said.get(repr(who), (-math.inf, "unknown"))
-        if time.monotonic() - asked_at >= JUDGED_FOR_S:
-            verdict = judge(who)
-            self._said[repr(who)] = (time.monotonic(), verdict)
-        return verdict
-
-
-def job_has_ended(job: str) -> bool | None:
-    """Whether one job, which was running once, is over; None where nobody says."""
-    answer = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
-    if not answer:
-        answer = ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State")
-    states = (answer or "").split()
-    return states[0] in ENDED if states else None
-
-
-def _told_by_scontrol(line: str) -> Sequence[str]:
-    """Id, name, state, reason and node of a job in one line of `key=value`."""
-    said = dict(part.partition("=")[::2] for part in line.split())
-    array, task = said.get("ArrayJobId", said.get("JobId", "")), said.get("ArrayTaskId")
-    rest = (said.get(key, "") for key in ("JobName", "JobState", "Reason", "NodeList"))
-    return (array if task in (None, NO_TASK) else f"{array}_{task}", *rest)
-
-
-def _told_by_sacct(line: str) -> Sequence[str]:
-    """The same, of a line of id, name, state and node."""
-    id_, name, state, node = (line.split("|") + 4 * [""])[:4]
-    return (id_, name, state, "", node)
-
-
-def _is_due(row: Sequence[str], unqueued: bool) -> bool:
-    """Whether accounting can be believed: of tasks together it is late, so only of ended ones that left the queue."""
-    return "[" not in row[0] or (unqueued and row[2].partition(" ")[0] in ENDED)
-
-
-def _site_limit() -> int | None:
-    """MaxArraySize, the first index that no task may have; None where it is not told."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config") or "", re.MULTILINE)
-    return int(found[1]) if found else None
-
-
-def _named(run_id: str, wanted: Collection[Place], rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
-    """The jobs of a run's workers, of rows of id, name, state, reason and node; anything else is passed over.
-
-    Tasks that wait, or were cancelled while they did, are told of together, and accounting goes on to do so when some
-    have begun: what is said of one by itself counts more. Those that were cancelled by name have lost their indices:
-    what has none is said of every place that is `wanted`.
-    """
-    alone: dict[Place, Job] = {}
-    together: dict[Place, Job] = {}
-    for row in rows:
-        if len(row) >= 3 and row[1].startswith(prefix(run_id)) and row[2]:
-            launch, (number, _, tasks) = row[1].removeprefix(prefix(run_id)), row[0].partition("_")
-            found = alone if tasks.isdigit() else together
-            for task in _tasks(tasks) if tasks else {0, *(place for one, place in wanted if one == launch)}:
-                id = f"{number}_{task}" if tasks or task else number
-                reason, node = (*row[3:5], "", "")[:2]
-                found[launch, task] = Job(id, row[2].split()[0], reason, "" if node in UNKNOWN_NODES else node)
-    return together | alone
-
-
-def _tasks(said: str) -> Iterator[int]:
-    """The indices in "3", "[3-5,8%4]" or "0-200:2"."""
-    for part in said.strip("[]").partition("%")[0].split(","):
-        if found := TASKS.fullmatch(part):
-            yield from range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
-
-
-def ask(*command: str) -> str | None:
-    """What a command of Slurm's says, lists of tasks in full; None where it fails or does not answer in time."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False, env=os.environ | IN_FULL
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import from_dict
-from lemonade_hpc.run import lease, owner, population, record, slurm
+from lemonade_hpc.run import lease, owner, population, queue, record
 from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.record import History, Loaded, RecordError
 from lemonade_hpc.search import evolution, morphisms
@@ -82,7 +82,7 @@ def front(history: History) -> list[dict[str, Any]]:
     return sorted(members, key=lambda member: (member["objectives"][fixed.cheap[0]], member["id"]))
 
 
-def status(run: Path, judge: Judge = slurm.judge) -> dict[str, Any]:
+def status(run: Path, judge: Judge = queue.judge) -> dict[str, Any]:
     """Everything `status` shows; `judge` tells whether a coordinator lives."""
     content, fixed, loaded = read(run)
     history = loaded.history

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import pytest
 from submitit.core import utils
 
-from lemonade_hpc.run import chain, slurm
+from lemonade_hpc.run import chain, queue, slurm
 
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sacct", "sinfo", "srun")
 UID = 1000
@@ -453,7 +453,7 @@ def install(patch: pytest.MonkeyPatch, answer: Callable[[Sequence[str], str | No
             raise utils.FailedJobError(err.strip())
         return out.strip()
 
-    for module in (slurm, chain):
+    for module in (queue, slurm, chain):
         patch.setattr(module, "subprocess", SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired))
     patch.setattr(utils.CommandFunction, "__call__", call)
     patch.setattr(shutil, "which", lambda name, *more: name if name in COMMANDS else which(name, *more))

@@ -20,7 +20,7 @@ from fake_slurm import Answer
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError
-from lemonade_hpc.run import chain, record, request, session, site, slurm
+from lemonade_hpc.run import chain, queue, record, request, session, site, slurm
 from lemonade_hpc.run.backends import NotNow, Refused
 
 TRANSCRIPT = Path(__file__).parents[1] / "cluster" / "transcripts" / "slurm-22.05.json"
@@ -124,22 +124,22 @@ class Story:
         self.ask(f"launch {' '.join(names)} {json.dumps(more)}", act)
         return made
 
-    def jobs(self, launch: str, num_tasks: int, mute: tuple[str, ...] = ()) -> slurm.Answer | None:
+    def jobs(self, launch: str, num_tasks: int, mute: tuple[str, ...] = ()) -> queue.Answer | None:
         wanted = [(launch, place) for place in range(num_tasks)]
-        found: slurm.Answer | None = self.ask(
-            f"jobs_of {launch} 0-{num_tasks - 1}", lambda: slurm.jobs_of(self.id, wanted), mute
+        found: queue.Answer | None = self.ask(
+            f"jobs_of {launch} 0-{num_tasks - 1}", lambda: queue.jobs_of(self.id, wanted), mute
         )
         return found
 
     def accounting(self, launch: str, test: Callable[[str], bool]) -> None:
         """Wait until accounting has caught up."""
-        name = f"{slurm.prefix(self.id)}{launch}"
+        name = f"{queue.prefix(self.id)}{launch}"
         self.until(test, "sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State")
 
 
 def _told(concluded: object) -> object:
     """A conclusion as JSON."""
-    if isinstance(concluded, slurm.Answer):
+    if isinstance(concluded, queue.Answer):
         jobs = [f"{key[0]} {key[1]}: {job.id} {job.state} {job.reason}" for key, job in concluded.jobs.items()]
         return {"all": concluded.all, "jobs": sorted(jobs)}
     return concluded
@@ -164,7 +164,7 @@ def play(stage: Stage, run: Path) -> list[dict[str, Any]]:
 
 
 def _questions(story: Story) -> None:
-    story.ask("site limit", slurm._site_limit)
+    story.ask("site limit", queue.max_array_size)
     story.jobs("w0", 1)
     story.jobs("w0", 1, ("squeue",))
     story.check()
@@ -199,16 +199,16 @@ def _an_array(story: Story) -> None:
     story.until(lambda said: said.count("-x0 RUNNING") == 1 and said.count("-x0 PENDING Resources") == 5)
     story.accounting("x0", lambda said: "_0|" in said and "PENDING" in said)
     array = re.findall(r"(\d+)_\d \S+-x0 ", story.stage.run(QUEUE).out)[0]
-    story.ask("cancel a task that waits with others", lambda: slurm.ask("scancel", f"{array}_3"))
+    story.ask("cancel a task that waits with others", lambda: queue.ask("scancel", f"{array}_3"))
     story.jobs("x0", 6, ("squeue",))
-    story.ask("cancel the array", lambda: slurm.ask("scancel", array))
+    story.ask("cancel the array", lambda: queue.ask("scancel", array))
     story.accounting("x0", lambda said: "RUNNING" not in said and said.count("CANCELLED") == 2)
     for mute in ((), ("squeue",), ("squeue", "scontrol")):
         story.jobs("x0", 6, mute)
     story.launch([f"v{k}" for k in range(3)])
     story.until(lambda said: said.count("-v0 RUNNING") == 1 and said.count("-v0 PENDING Resources") == 2)
-    name = f"{slurm.prefix(story.id)}v0"
-    story.ask("cancel by name", lambda: slurm.ask("scancel", "--me", f"--name={name}"))
+    name = f"{queue.prefix(story.id)}v0"
+    story.ask("cancel by name", lambda: queue.ask("scancel", "--me", f"--name={name}"))
     story.accounting("v0", lambda said: "RUNNING" not in said and said.count("CANCELLED") == 2)
     for mute in ((), ("squeue",), ("squeue", "scontrol")):
         story.jobs("v0", 3, mute)
@@ -224,21 +224,21 @@ def _a_chain(story: Story) -> None:
         re.findall(pattern, script)[0]
         for pattern in (r"\$\((squeue [^)]*)\)", r"(sbatch \S+) \|\|", r"(scancel .*) ;;")
     )
-    story.ask("the script looks for a successor", lambda: slurm.ask(*shlex.split(look)))
-    story.ask("the script submits one", lambda: slurm.ask(*shlex.split(submit)))
+    story.ask("the script looks for a successor", lambda: queue.ask(*shlex.split(look)))
+    story.ask("the script submits one", lambda: queue.ask(*shlex.split(submit)))
     story.until_seen(r"-coordinator PENDING Dependency")
-    story.ask("the script looks again", lambda: slurm.ask(*shlex.split(look)))
+    story.ask("the script looks again", lambda: queue.ask(*shlex.split(look)))
     _, second = story.ask("chain.waiting", lambda: sorted(chain.waiting(story.id)))
-    story.ask("whether the first has ended", lambda: slurm.job_has_ended(first))
-    story.ask("whether the second has ended", lambda: slurm.job_has_ended(second))
-    story.ask("the script cancels it", lambda: slurm.ask(*shlex.split(cancel)))
+    story.ask("whether the first has ended", lambda: queue.job_has_ended(first))
+    story.ask("whether the second has ended", lambda: queue.job_has_ended(second))
+    story.ask("the script cancels it", lambda: queue.ask(*shlex.split(cancel)))
     story.ask("chain.end", lambda: chain.end(story.id))
-    story.ask("whether the second has ended", lambda: slurm.job_has_ended(second))
+    story.ask("whether the second has ended", lambda: queue.job_has_ended(second))
     story.ask("chain.waiting", lambda: sorted(chain.waiting(story.id)))
-    story.ask("cancel the first", lambda: slurm.ask("scancel", first))
+    story.ask("cancel the first", lambda: queue.ask("scancel", first))
     story.until_seen(rf"{first} \S+ CANCELLED")
-    story.ask("whether an unknown one has ended", lambda: slurm.job_has_ended(NO_JOB))
-    story.ask("cancel an unknown one", lambda: slurm.ask("scancel", NO_JOB))
+    story.ask("whether an unknown one has ended", lambda: queue.job_has_ended(NO_JOB))
+    story.ask("cancel an unknown one", lambda: queue.ask("scancel", NO_JOB))
 
 
 def _ends(story: Story) -> None:
@@ -281,18 +281,18 @@ def _coordinator(story: Story) -> str:
 def _outages(story: Story) -> None:
     story.happens("slurmdbd ends")
     story.jobs("w0", 6, ("squeue", "scontrol"))
-    story.ask("whether an unknown one has ended", lambda: slurm.job_has_ended(NO_JOB))
+    story.ask("whether an unknown one has ended", lambda: queue.job_has_ended(NO_JOB))
     story.happens("slurmdbd starts")
     story.happens("slurmctld ends")
-    story.ask("site limit", slurm._site_limit)
-    story.ask("what nodes there are", lambda: slurm.ask(*site.QUESTION))
+    story.ask("site limit", queue.max_array_size)
+    story.ask("what nodes there are", lambda: queue.ask(*site.QUESTION))
     story.jobs("fails", 1)
     story.check()
     story.launch(["z0", "z1"])
     story.ask("chain.waiting", lambda: sorted(chain.waiting(story.id)))
     story.ask("chain.begin", lambda: chain.begin(story.settings(), story.run))
     story.ask("chain.end", lambda: chain.end(story.id))
-    story.ask("cancel one", lambda: slurm.ask("scancel", NO_JOB))
+    story.ask("cancel one", lambda: queue.ask("scancel", NO_JOB))
 
 
 # ---------------------------------------------------------------- what may differ
@@ -306,7 +306,7 @@ def _normal(story: Story) -> list[dict[str, Any]]:
     text = json.dumps(story.lines)
     for pattern, word in (
         (re.escape(str(story.run.resolve())), "RUN"), (re.escape(str(story.run)), "RUN"),
-        (re.escape(slurm.prefix(story.id)), "lemonade-ID-"), (r"file_[0-9a-f]{32}", "file_UUID"),
+        (re.escape(queue.prefix(story.id)), "lemonade-ID-"), (r"file_[0-9a-f]{32}", "file_UUID"),
         (r"CANCELLED by \d+", "CANCELLED by UID"), (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "TIME"),
         (r"on nodes n\d", "on nodes NODE"), (r"host:[\d.]+:\d+", "host:HOST:PORT"),
     ):  # fmt: skip

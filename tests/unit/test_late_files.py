@@ -456,7 +456,7 @@ def test_a_predecessor_is_not_waited_for_where_there_is_no_need(
     left: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(lease.Held, match="cannot be told from here"):
-        patch.setattr(lease.slurm, "judge", lambda who: "unknown")
+        patch.setattr(lease.queue, "judge", lambda who: "unknown")
         settle(left, take_over=False)
     assert clock.slept == 0
     assert settle(left, 0) != [] and clock.slept < 10  # a coherent file system: two beats

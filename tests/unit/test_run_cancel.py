@@ -15,7 +15,7 @@ import pytest
 
 from lemonade_hpc import files
 from lemonade_hpc.config import ConfigError
-from lemonade_hpc.run import cancel, owner, slurm
+from lemonade_hpc.run import cancel, owner, queue
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -69,7 +69,7 @@ def test_where_nothing_runs_nothing_is_ended(run: Path) -> None:
 
 
 def test_a_coordinator_elsewhere_must_be_ended_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "ask", lambda *command: pytest.fail("no job may be cancelled before the coordinator"))
+    monkeypatch.setattr(queue, "ask", lambda *command: pytest.fail("no job may be cancelled before the coordinator"))
     held_by(run, {"host": "elsewhere"}, "slurm")
     with pytest.raises(ConfigError, match=r"its coordinator is process \d+ on elsewhere, which cannot be reached"):
         cancel.cancel(run)
@@ -83,7 +83,7 @@ def test_the_jobs_of_this_run_that_have_not_ended_are_cancelled(run: Path, monke
         asked.append(command)
         return f"7_0|{name}|RUNNING\n7_1|{name}|COMPLETED\n7_2|{name}|PENDING\n8|lemonade-other|RUNNING\n"
 
-    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(queue, "ask", ask)
     held_by(run, {}, "slurm")
     assert cancel.cancel(run) == ["job 7_0", "job 7_2"]
     assert asked[0][:2] == ("scancel", "--me") and asked[2:] == [("scancel", "7_0", "7_2")]
@@ -93,7 +93,7 @@ def test_the_jobs_of_this_run_that_have_not_ended_are_cancelled(run: Path, monke
 def test_a_slurm_that_does_not_answer_is_told(run: Path, monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
     name = f"lemonade-{json.loads((run / files.RUN).read_text())['run'][:8]}-e1w00"
     answers = {"squeue": f"7|{name}|RUNNING\n", "scancel": ""}
-    monkeypatch.setattr(slurm, "ask", lambda command, *rest: None if command == silent else answers.get(command))
+    monkeypatch.setattr(queue, "ask", lambda command, *rest: None if command == silent else answers.get(command))
     held_by(run, {}, "slurm")
     with pytest.raises(ConfigError, match=f"{silent} .*try again later"):
         cancel.cancel(run)

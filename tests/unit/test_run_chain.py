@@ -14,7 +14,7 @@ import pytest
 from lemonade_hpc import config as configs
 from lemonade_hpc import files
 from lemonade_hpc.config import ConfigError
-from lemonade_hpc.run import cancel, chain, lease, record, session, slurm
+from lemonade_hpc.run import cancel, chain, lease, queue, record, session, slurm
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.ledger import Halted
 
@@ -140,7 +140,7 @@ def test_a_run_that_somebody_works_on_is_not_submitted(
     run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     doubles.start(run, settings(), doubles.FakeBackend(run))
-    monkeypatch.setattr(lease.slurm, "judge", lambda who: "alive")
+    monkeypatch.setattr(lease.queue, "judge", lambda who: "alive")
     with pytest.raises(lease.Held, match="which is running"):
         session.submit(settings(), run)
 
@@ -148,7 +148,7 @@ def test_a_run_that_somebody_works_on_is_not_submitted(
 def test_an_sbatch_that_does_not_answer_is_told(run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     session._prepare(settings(), doubles.images(), run)
     (commands.folder / "sbatch").write_text("#!/bin/bash\nexec sleep 9\n")
-    monkeypatch.setattr(slurm, "QUERY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(queue, "QUERY_TIMEOUT_S", 0.3)
     with pytest.raises(ConfigError, match="sbatch does not answer; whether it has submitted lemonade-"):
         chain.begin(settings(), run)
 
@@ -284,7 +284,7 @@ def test_a_link_waits_for_a_coordinator_that_still_lives(
     monkeypatch.setenv(chain.LINK, "1")
     waits: list[float] = []
     monkeypatch.setattr(session, "time", type("Clock", (), {"sleep": staticmethod(waits.append)}))
-    monkeypatch.setattr(lease.slurm, "judge", lambda who: "alive" if len(waits) < 3 else "gone")
+    monkeypatch.setattr(lease.queue, "judge", lambda who: "alive" if len(waits) < 3 else "gone")
     notes = doubles.Notes()
     assert doubles.search(run, doubles.config(), notes=notes).state.complete
     assert waits == [session.HELD_S] * 3 and len(notes.about("Waiting for that")) == 3
@@ -310,25 +310,25 @@ def test_a_link_waits_for_a_coordinator_that_still_lives(
 def test_slurm_tells_of_a_coordinator_on_another_node(
     commands: Commands, monkeypatch: pytest.MonkeyPatch, squeue: str | None, sacct: str | None, verdict: str
 ) -> None:
-    monkeypatch.setattr(slurm.owner, "judge", lambda who: "unknown")
+    monkeypatch.setattr(queue.owner, "judge", lambda who: "unknown")
     for name, said in (("squeue", squeue), ("sacct", sacct)):
         commands.fail(name) if said is None else commands.say(name, said)
-    assert slurm.judge({"slurm_job": "77"}) == verdict
-    assert slurm.judge({"slurm_job": None}) == "unknown"
+    assert queue.judge({"slurm_job": "77"}) == verdict
+    assert queue.judge({"slurm_job": None}) == "unknown"
 
 
 def test_what_is_known_of_the_process_needs_no_slurm(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     for known in ("alive", "gone"):
-        monkeypatch.setattr(slurm.owner, "judge", lambda who, known=known: known)
-        assert slurm.judge({"slurm_job": "77"}) == known
+        monkeypatch.setattr(queue.owner, "judge", lambda who, known=known: known)
+        assert queue.judge({"slurm_job": "77"}) == known
     assert commands.calls("squeue") == []
 
 
 def test_who_asks_again_and_again_asks_slurm_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now, said = [0.0], iter(["alive", "gone"])
-    monkeypatch.setattr(slurm, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
-    monkeypatch.setattr(slurm, "judge", lambda who: next(said))
-    patient = slurm.PatientJudge()
+    monkeypatch.setattr(queue, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+    monkeypatch.setattr(queue, "judge", lambda who: next(said))
+    patient = queue.PatientJudge()
     for now[0] in (0.0, 2.0, 59.0):
         assert patient({"pid": 1}) == "alive"
     now[0] = 61.0
@@ -343,7 +343,7 @@ def test_stop_drains_a_run_that_can_go_on(run: Path, commands: Commands, monkeyp
     made = doubles.start(run, doubles.config(), backend)
     while made.history.state.num_committed < 4:
         made._turn()
-    monkeypatch.setattr(cancel.slurm, "judge", lambda who: "alive")
+    monkeypatch.setattr(cancel.queue, "judge", lambda who: "alive")
     assert cancel.stop(run).startswith("told process ")
     with pytest.raises(Stopped, match="stopped by `lemonade-hpc stop`"):
         made.search()
@@ -370,7 +370,7 @@ def test_a_coordinator_on_another_node_is_cancelled_by_its_job(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
-    monkeypatch.setattr(slurm.owner, "judge", lambda who: "unknown")
+    monkeypatch.setattr(queue.owner, "judge", lambda who: "unknown")
     states = iter(["RUNNING", "RUNNING", "COMPLETING", "CANCELLED", ""])
     asked: list[tuple[str, ...]] = []
 
@@ -378,7 +378,7 @@ def test_a_coordinator_on_another_node_is_cancelled_by_its_job(
         asked.append(command)
         return next(states) if command[0] == "squeue" else ""
 
-    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(queue, "ask", ask)
     monkeypatch.setattr(cancel, "POLL_JOB_S", 0.0)
     (ended,) = cancel.cancel(run)
     assert ended.startswith("coordinator (process ") and ended.endswith("Slurm job 77)")

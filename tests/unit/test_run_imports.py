@@ -9,8 +9,8 @@ import pytest
 
 RING = [
     "coordinator", "worker", "session", "backends", "budgets", "cancel", "chain", "crew", "handle", "journal", "lease",
-    "ledger", "leftovers", "log", "owner", "population", "record", "request", "site", "slurm", "status", "store",
-    "trainers", "verify",
+    "ledger", "leftovers", "log", "owner", "population", "queue", "record", "request", "site", "slurm", "status",
+    "store", "trainers", "verify",
 ]  # fmt: skip
 HEAVY = ("torch", "torchvision", "submitit", "sklearn", "matplotlib", "lemonade_hpc.learn")
 

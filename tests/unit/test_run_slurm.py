@@ -15,6 +15,7 @@ import pytest
 
 from lemonade_hpc import config as configs
 from lemonade_hpc.config import Cluster, ConfigError
+from lemonade_hpc.run import queue as slurm_queue
 from lemonade_hpc.run import request, session, slurm
 from lemonade_hpc.run.backends import NotNow
 from lemonade_hpc.run.coordinator import RunFailed
@@ -269,17 +270,18 @@ def answers(monkeypatch: pytest.MonkeyPatch, **said: str | None) -> list[str]:
         asked.append(command[0])
         return said.get(command[0])
 
-    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(slurm_queue, "ask", ask)
     return asked
 
 
 def test_scontrol_answers_where_squeue_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = answers(monkeypatch, scontrol=ONELINE)
-    answer = slurm.jobs_of("0123456789")
+    answer = slurm_queue.jobs_of("0123456789")
     assert answer is not None and answer.all and asked == ["squeue", "scontrol"]
     assert answer.jobs == {
-        ("w0", 3): slurm.Job("77_3", "RUNNING", "None", "n2"), ("w9", 0): slurm.Job("79", "PENDING", "Priority"),
-        **{("w0", place): slurm.Job(f"77_{place}", "PENDING", "Resources") for place in (4, 6, 7)},
+        ("w0", 3): slurm_queue.Job("77_3", "RUNNING", "None", "n2"),
+        ("w9", 0): slurm_queue.Job("79", "PENDING", "Priority"),
+        **{("w0", place): slurm_queue.Job(f"77_{place}", "PENDING", "Resources") for place in (4, 6, 7)},
     }  # fmt: skip
 
 
@@ -287,12 +289,12 @@ def test_sacct_knows_what_the_queue_has_forgotten(monkeypatch: pytest.MonkeyPatc
     """But what it does not know may be too young for it."""
     past = "77_3|lemonade-01234567-w0|CANCELLED by 1000|n1\n77_4|lemonade-01234567-w0|NODE_FAIL|n2\ngarbage\n"
     answers(monkeypatch, squeue="77_3|lemonade-01234567-w0|RUNNING|None\n", sacct=past)
-    answer = slurm.jobs_of("0123456789", [("w0", 3), ("w0", 4)])
+    answer = slurm_queue.jobs_of("0123456789", [("w0", 3), ("w0", 4)])
     assert answer is not None and answer.all
     assert {place: job.state for place, job in answer.jobs.items()} == {("w0", 3): "RUNNING", ("w0", 4): "NODE_FAIL"}
     assert answer.jobs["w0", 4].node == "n2"
     answers(monkeypatch, sacct=past)
-    answer = slurm.jobs_of("0123456789", [("w0", 3)])
+    answer = slurm_queue.jobs_of("0123456789", [("w0", 3)])
     assert answer is not None and not answer.all and answer.jobs["w0", 3].state == "CANCELLED"
 
 
@@ -303,7 +305,7 @@ def test_tasks_that_were_cancelled_together_are_known_and_one_that_had_begun_cou
     past = "77_3|lemonade-01234567-w0|RUNNING\n77_[2-4,8-12:2%5]|lemonade-01234567-w0|CANCELLED by 1000\n"
     for said in (past, "\n".join(past.splitlines()[::-1])):
         answers(monkeypatch, squeue="", sacct=said)
-        answer = slurm.jobs_of("0123456789", [("w0", 3)])
+        answer = slurm_queue.jobs_of("0123456789", [("w0", 3)])
         assert answer is not None
         states = {place: job.state for (_, place), job in answer.jobs.items()}
         assert states == {3: "RUNNING"} | dict.fromkeys((2, 4, 8, 10, 12), "CANCELLED")
@@ -325,7 +327,7 @@ def test_tasks_that_were_cancelled_by_name_before_they_began_are_known_without_t
     monkeypatch: pytest.MonkeyPatch, command: str, said: str
 ) -> None:
     answers(monkeypatch, **{command: said})
-    answer = slurm.jobs_of("0123456789", [("w0", 0), ("w0", 2), ("w9", 1)])
+    answer = slurm_queue.jobs_of("0123456789", [("w0", 0), ("w0", 2), ("w9", 1)])
     assert answer is not None
     found = {place: (job.id, job.state) for place, job in answer.jobs.items()}
     assert found == {("w0", 0): ("77_0", "RUNNING"), ("w0", 2): ("77_2", "CANCELLED")}
@@ -341,7 +343,7 @@ def test_what_accounting_says_of_tasks_together_is_late(
     """The second may run by now, or have been cancelled by itself, which nobody knows any more."""
     past = f"77_[2,4]|lemonade-01234567-w0|{state}|None assigned\n77_3|lemonade-01234567-w0|FAILED|n1\n"
     answers(monkeypatch, squeue=squeue, sacct=past.replace("[2,4]", "[2]"))
-    answer = slurm.jobs_of("0123456789", [("w0", 2), ("w0", 3)])
+    answer = slurm_queue.jobs_of("0123456789", [("w0", 2), ("w0", 3)])
     assert answer is not None and {place for _, place in answer.jobs} == known
 
 
@@ -349,12 +351,12 @@ def test_lists_of_tasks_are_asked_for_in_full(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho $SLURM_BITSTR_LEN\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert slurm.ask("scontrol", "show", "job") == "0\n"
+    assert slurm_queue.ask("scontrol", "show", "job") == "0\n"
 
 
 def test_where_nobody_answers_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = answers(monkeypatch)
-    assert slurm.jobs_of("0123456789", [("w0", 3)]) is None and asked == ["squeue", "scontrol", "sacct"]
+    assert slurm_queue.jobs_of("0123456789", [("w0", 3)]) is None and asked == ["squeue", "scontrol", "sacct"]
 
 
 def test_a_job_that_only_sacct_might_know_is_not_given_up(run: Path, queue: Queue, monkeypatch: Any) -> None:
@@ -424,7 +426,7 @@ def test_reservation_and_nodes_to_avoid_are_asked_for(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- lives
 
 
-@pytest.mark.parametrize("state", sorted(slurm.ENDED))
+@pytest.mark.parametrize("state", sorted(slurm_queue.ENDED))
 def test_a_job_that_has_ended_counts_as_gone_once_that_is_seen_twice(run: Path, queue: Queue, state: str) -> None:
     one, _ = backend(run)
     one.adopt("w0", "w0", 0)

@@ -1,0 +1,180 @@
+"""What Slurm says of jobs: of a run's workers, and of coordinators.
+
+Decides: which commands are asked, in what order, and how their answers are read. A job's name says which run and which
+launch it belongs to. Each command may be missing or fail, and a failed query says nothing. Never decides what follows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lemonade_hpc.run import owner
+
+Place = tuple[str, int]
+"""The first worker of a launch, and the index of a task of its array."""
+
+COORDINATOR = "coordinator"
+"""Stands in a job's name where a worker's has its launch."""
+IN_FULL = {"SLURM_BITSTR_LEN": "0"}
+"""Else a list of tasks ends after 64 characters."""
+QUERY_TIMEOUT_S = 20.0
+JUDGED_FOR_S = 60.0
+UNKNOWN_NODES = ("(null)", "None assigned")
+ENDED = frozenset({
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+})  # fmt: skip
+"""States that a job which is not requeued never leaves; any other, known or not, is a life."""
+NO_TASK = "4294967294"
+"""Stands for the index that tasks of an array have lost."""
+TASKS = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
+"""Indices of tasks that are told of together: "3", "3-5", "0-200:2"."""
+
+
+def prefix(run_id: str) -> str:
+    """How the names of all jobs of a run begin."""
+    return f"lemonade-{run_id[:8]}-"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as Slurm shows it."""
+
+    id: str
+    state: str
+    reason: str = ""
+    """Why it waits."""
+    node: str = ""
+    """Where it runs, or ran."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Slurm says of a run's jobs; `all`: one that is missing is not in the queue."""
+
+    jobs: dict[Place, Job]
+    all: bool
+
+
+def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
+    """Ask squeue, or scontrol where that fails, or sacct; None where nobody answers.
+
+    sacct is asked too after `wanted` jobs that the queue has forgotten. It may not know yet of jobs just submitted.
+    """
+    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r|%N")
+    if answer is not None:
+        found = _named(run_id, wanted, (line.split("|") for line in answer.splitlines()))
+    else:
+        answer = ask("scontrol", "show", "job", "--oneliner")
+        found = _named(run_id, wanted, map(_told_by_scontrol, (answer or "").splitlines()))
+    if answer is None or not found.keys() >= set(wanted):
+        name = ",".join(sorted({prefix(run_id) + launch for launch, _ in wanted}))
+        past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State,NodeList")
+        if answer is None and past is None:
+            return None
+        rows = [row for row in map(_told_by_sacct, (past or "").splitlines()) if _is_due(row, answer is not None)]
+        found = _named(run_id, wanted, rows) | found
+    return Answer(found, answer is not None)
+
+
+def judge(who: dict[str, Any]) -> owner.Verdict:
+    """Whether a coordinator lives: told by its process on this machine, else by its job."""
+    verdict = owner.judge(who)
+    if verdict == "unknown" and who.get("slurm_job"):
+        ended = job_has_ended(who["slurm_job"])
+        verdict = "unknown" if ended is None else "gone" if ended else "alive"
+    return verdict
+
+
+class PatientJudge:
+    """`judge` for somebody who asks again and again: Slurm is asked once a minute."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, tuple[float, owner.Verdict]] = {}
+
+    def __call__(self, who: dict[str, Any]) -> owner.Verdict:
+        """Whether a coordinator lives, as far as has been known for less than a minute."""
+        asked_at, verdict = self._said.get(repr(who), (-math.inf, "unknown"))
+        if time.monotonic() - asked_at >= JUDGED_FOR_S:
+            verdict = judge(who)
+            self._said[repr(who)] = (time.monotonic(), verdict)
+        return verdict
+
+
+def job_has_ended(job: str) -> bool | None:
+    """Whether one job, which was running once, is over; None where nobody says."""
+    answer = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+    if not answer:
+        answer = ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State")
+    states = (answer or "").split()
+    return states[0] in ENDED if states else None
+
+
+def _told_by_scontrol(line: str) -> Sequence[str]:
+    """Id, name, state, reason and node of a job in one line of `key=value`."""
+    said = dict(part.partition("=")[::2] for part in line.split())
+    array, task = said.get("ArrayJobId", said.get("JobId", "")), said.get("ArrayTaskId")
+    rest = (said.get(key, "") for key in ("JobName", "JobState", "Reason", "NodeList"))
+    return (array if task in (None, NO_TASK) else f"{array}_{task}", *rest)
+
+
+def _told_by_sacct(line: str) -> Sequence[str]:
+    """The same, of a line of id, name, state and node."""
+    id_, name, state, node = (line.split("|") + 4 * [""])[:4]
+    return (id_, name, state, "", node)
+
+
+def _is_due(row: Sequence[str], unqueued: bool) -> bool:
+    """Whether accounting can be believed: of tasks together it is late, so only of ended ones that left the queue."""
+    return "[" not in row[0] or (unqueued and row[2].partition(" ")[0] in ENDED)
+
+
+def max_array_size() -> int | None:
+    """MaxArraySize, the first index that no task may have; None where it is not told."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config") or "", re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _named(run_id: str, wanted: Collection[Place], rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
+    """The jobs of a run's workers, of rows of id, name, state, reason and node; anything else is passed over.
+
+    Tasks that wait, or were cancelled while they did, are told of together, and accounting goes on to do so when some
+    have begun: what is said of one by itself counts more. Those that were cancelled by name have lost their indices:
+    what has none is said of every place that is `wanted`.
+    """
+    alone: dict[Place, Job] = {}
+    together: dict[Place, Job] = {}
+    for row in rows:
+        if len(row) >= 3 and row[1].startswith(prefix(run_id)) and row[2]:
+            launch, (number, _, tasks) = row[1].removeprefix(prefix(run_id)), row[0].partition("_")
+            found = alone if tasks.isdigit() else together
+            for task in _tasks(tasks) if tasks else {0, *(place for one, place in wanted if one == launch)}:
+                id = f"{number}_{task}" if tasks or task else number
+                reason, node = (*row[3:5], "", "")[:2]
+                found[launch, task] = Job(id, row[2].split()[0], reason, "" if node in UNKNOWN_NODES else node)
+    return together | alone
+
+
+def _tasks(said: str) -> Iterator[int]:
+    """The indices in "3", "[3-5,8%4]" or "0-200:2"."""
+    for part in said.strip("[]").partition("%")[0].split(","):
+        if found := TASKS.fullmatch(part):
+            yield from range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
+
+
+def ask(*command: str) -> str | None:
+    """What a command of Slurm's says, lists of tasks in full; None where it fails or does not answer in time."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False, env=os.environ | IN_FULL
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
