@@ -21,7 +21,8 @@ from lemonade_hpc.run.ledger import RunFailed
 from lemonade_hpc.run.record import History
 
 LINK = "LEMONADE_CHAIN"
-"""Set in the environment of a coordinator that is such a job."""
+"""Set in the environment of a coordinator that is such a job: to FIRST where a person has submitted it."""
+FIRST = "first"
 MAX_CRASHES = 5
 """Coordinators in a row that may die with no child finished before the chain ends."""
 TEMPLATE = Path(__file__).with_name("coordinator.sbatch")
@@ -76,7 +77,7 @@ def begin(config: Config, run: Path) -> str:
     files.make_folder(folder)
     files.write(folder / "config.yaml", dump(config))
     files.write(folder / TEMPLATE.name, script(config, run, name).encode())
-    command = ("sbatch", "--parsable", str((folder / TEMPLATE.name).resolve()))
+    command = ("sbatch", "--parsable", str((folder / TEMPLATE.name).resolve()), FIRST)
     try:
         limit = queue.QUERY_TIMEOUT_S
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
@@ -105,11 +106,18 @@ def is_link() -> bool:
     return LINK in os.environ
 
 
+def begun_by_a_person() -> bool:
+    """Whether somebody has just started this coordinator, and may have mended what was wrong before."""
+    return os.environ.get(LINK, FIRST) == FIRST
+
+
 def refuse_crash_loop(history: History, note: Callable[[str], None]) -> None:
     """Raise RunFailed where a chain's coordinators have died in a row with nothing done."""
-    if is_link() and history.num_crashes:
+    if begun_by_a_person():
+        return
+    if history.num_crashes:
         note(f"the last {history.num_crashes} coordinators were killed or lost, and no child was finished meanwhile")
-    if is_link() and history.num_crashes >= MAX_CRASHES:
+    if history.num_crashes >= MAX_CRASHES:
         raise RunFailed(
             f"{history.num_crashes} coordinators in a row died with no child finished: see {files.SLURM}/*.log in the "
             f"run folder, mend the cause and submit again"

@@ -34,7 +34,9 @@ MAX_AHEAD = 64
 FILL_S = 20.0
 """How long a coordinator that leaves may take to find work for the workers that go on."""
 FILL_AHEAD = 20
-"""Most children that a worker is given then."""
+"""Most children that a worker is given then, unless it ends more in a moment."""
+ASK_S = 1.0
+"""How long a turn may go on asking for children."""
 
 
 class Coordinator:
@@ -64,8 +66,11 @@ class Coordinator:
         self._crew.adopt()
 
     def pardon(self) -> None:
-        """Give nodes another chance that were at fault: somebody has started the run anew."""
-        self._crew.pardon()
+        """Forget what was at fault before: somebody has started the run anew, and may have mended it."""
+        for node in self.history.excluded:
+            self._observer.note(f"node {node}, excluded before, may get workers again")
+        if self.history.excluded or self.history.num_crashes:
+            self._ledger.record({"event": "pardoned"})
 
     def search(self) -> None:
         """Run until the budget is spent; raises Stopped or RunFailed."""
@@ -196,10 +201,10 @@ class Coordinator:
 
     def _ask(self, ahead: int) -> None:
         """Ask for children, a generation at most at a time, until there are `ahead` for each worker that is wanted."""
-        wanted, accepted = self.config.cluster.workers * ahead, self.config.search.accepted
+        until, wanted = time.monotonic() + ASK_S, self.config.cluster.workers * ahead
         while not self._starved and (wanted > len(self.history.state.in_flight) or not self.history.state.num_asks):
             state = self.history.state
-            slots = min(wanted - len(state.in_flight), accepted)
+            slots = min(wanted - len(state.in_flight), self.config.search.accepted)
             after, children = evolution.ask(state, slots, self.history.seen.__contains__)
             if after is state:
                 return
@@ -207,6 +212,8 @@ class Coordinator:
             if not children:
                 self._starved = True
                 self._refuse_starved()
+            if len(children) < slots or time.monotonic() > until:
+                return
 
     def _refuse_starved(self) -> None:
         state = self.history.state
@@ -243,13 +250,17 @@ class Coordinator:
         return min(FILL_AHEAD, self._num_trained_in(60 * self.config.cluster.time_min))
 
     def _ahead(self) -> int:
-        """Children a worker has at a time: one in training, and those that it ends before it is given more."""
-        return 1 + min(MAX_AHEAD, self._num_trained_in(2 * self._poll_s))
+        """Children a worker has at a time: one in training, and those that it ends before it is given more.
+
+        Beyond two, all workers together have half as many as have been told: else a search of short children is blind.
+        """
+        seen = self.history.state.num_committed // (2 * self.config.cluster.workers)
+        return min(1 + min(MAX_AHEAD, self._num_trained_in(2 * self._poll_s)), max(2, seen))
 
     def _num_trained_in(self, seconds: float) -> int:
-        """How many children a worker trains in that time, rounded up, as far as is known."""
+        """How many children a worker trains in that time, rounded up; one as long as few have been trained."""
         num, wall_s = self.history.state.num_committed, self.history.wall_s
-        return math.ceil(seconds * num / wall_s) if wall_s else 1
+        return math.ceil(seconds * num / wall_s) if wall_s and num >= self.config.cluster.workers else 1
 
     # ------------------------------------------------------------ files
 

@@ -8,6 +8,7 @@ seen and ended is the backend's.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from typing import Protocol
 
 from lemonade_hpc import files
@@ -212,12 +213,6 @@ class Crew:
         for handle in [one for one in self.handles.values() if one.node in history.excluded]:
             self._end(handle, "on an excluded node")
 
-    def pardon(self) -> None:
-        """Give excluded nodes workers again: whoever starts a run anew may have mended them."""
-        for node in list(self._ledger.history.excluded):
-            self._ledger.record({"event": "included", "node": node})
-            self._observer.note(f"node {node}, excluded before, may get workers again")
-
     # ------------------------------------------------------------ work
 
     def hand_out(self, numbers: list[int], ahead: int) -> None:
@@ -225,7 +220,7 @@ class Crew:
 
         A child that crashed on a node is tried on others, as long as there are any.
         """
-        history, chosen = self._ledger.history, list[tuple[WorkerHandle, Key]]()
+        history, chosen = self._ledger.history, defaultdict[WorkerHandle, list[Key]](list)
         for number in numbers:
             nodes = self._nodes_for(number)
             present = [one for one in self.handles.values() if one.present and one.node in nodes]
@@ -235,10 +230,10 @@ class Crew:
             key = (number, f"e{self._ledger.epoch}a{len(history.attempts[number]) + 1}")
             handle.tasks[key] = record.task(history, *key)
             self._ledger.record({"event": "attempt", "child": number, "attempt": key[1], "worker": handle.name})
-            chosen.append((handle, key))
+            chosen[handle].append(key)
         self._ledger.write()
-        for handle, key in chosen:
-            handle.assign(key)
+        for handle, keys in chosen.items():
+            handle.assign(keys)
 
     def _nodes_for(self, number: int) -> set[str | None]:
         """Where a child may be tried next; None stands for wherever a worker will be that waits for a machine."""
@@ -313,8 +308,9 @@ class Crew:
                     key = (number, attempt.id)
                     handle = self.handles[attempt.worker]
                     handle.tasks[key] = record.task(history, *key)
-                    handle.assign(key)
         for handle in list(self.handles.values()):
+            if handle.tasks:
+                handle.assign(handle.tasks)
             self._hear(handle, last_words=True)
 
     # ------------------------------------------------------------ ends

@@ -6,7 +6,7 @@ Decides: what a report says of the worker itself. What follows from it is the co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lemonade_hpc import files
@@ -54,10 +54,10 @@ class WorkerHandle:
         """Its log, where a report in it is damaged: what it said cannot be known."""
         return self._reader.path if self._reader.num_damaged else None
 
-    def assign(self, key: Key) -> None:
-        """Send it one of its tasks. Raises OSError."""
+    def assign(self, keys: Iterable[Key]) -> None:
+        """Send it some of its tasks. Raises OSError."""
         assert self._mailbox is not None
-        self._mailbox.append([self.tasks[key]])
+        self._mailbox.append([self.tasks[key] for key in keys])
 
     @property
     def recalling(self) -> int:

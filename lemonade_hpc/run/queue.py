@@ -70,17 +70,19 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
     """
     answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r|%N")
     if answer is not None:
-        found = _named(run_id, wanted, (line.split("|") for line in answer.splitlines()))
+        queued = _named(run_id, wanted, (line.split("|") for line in answer.splitlines()))
     else:
         answer = ask("scontrol", "show", "job", "--oneliner")
-        found = _named(run_id, wanted, map(_told_by_scontrol, (answer or "").splitlines()))
+        queued = _named(run_id, wanted, map(_told_by_scontrol, (answer or "").splitlines()))
+    found = queued[0] | queued[1]
     if answer is None or not found.keys() >= set(wanted):
         name = ",".join(sorted({prefix(run_id) + launch for launch, _ in wanted}))
         past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State,NodeList")
         if answer is None and past is None:
             return None
         rows = [row for row in map(_told_by_sacct, (past or "").splitlines()) if _is_due(row, answer is not None)]
-        found = _named(run_id, wanted, rows) | found
+        known = _named(run_id, wanted, rows)
+        found = known[0] | queued[0] | known[1] | queued[1]
     return Answer(found, answer is not None)
 
 
@@ -142,12 +144,14 @@ def max_array_size() -> int | None:
     return int(found[1]) if found else None
 
 
-def _named(run_id: str, wanted: Collection[Place], rows: Iterable[Sequence[str]]) -> dict[Place, Job]:
-    """The jobs of a run's workers, of rows of id, name, state, reason and node; anything else is passed over.
+def _named(
+    run_id: str, wanted: Collection[Place], rows: Iterable[Sequence[str]]
+) -> tuple[dict[Place, Job], dict[Place, Job]]:
+    """The jobs of a run's workers that rows of id, name, state, reason and node tell of together, and one by one.
 
     Tasks that wait, or were cancelled while they did, are told of together, and accounting goes on to do so when some
     have begun: what is said of one by itself counts more. Those that were cancelled by name have lost their indices:
-    what has none is said of every place that is `wanted`.
+    what has none is said of every place that is `wanted`. Other rows are passed over.
     """
     alone: dict[Place, Job] = {}
     together: dict[Place, Job] = {}
@@ -159,7 +163,7 @@ def _named(run_id: str, wanted: Collection[Place], rows: Iterable[Sequence[str]]
                 id = f"{number}_{task}" if tasks or task else number
                 reason, node = (*row[3:5], "", "")[:2]
                 found[launch, task] = Job(id, row[2].split()[0], reason, "" if node in UNKNOWN_NODES else node)
-    return together | alone
+    return together, alone
 
 
 def _tasks(said: str) -> Iterator[int]:

@@ -238,9 +238,10 @@ class History:
             self._left(event)
         elif kind == "excluded":
             self.excluded[event["node"]] = event["reason"]
-        elif kind == "included":
-            del self.excluded[event["node"]]
-            self.strikes.pop(event["node"], None)
+        elif kind == "pardoned":
+            self.excluded.clear()
+            self.strikes.clear()
+            self.num_crashes = 0
         elif kind == "attempt":
             node = self.workers[event["worker"]].node
             self.attempts[event["child"]].append(Attempt(event["attempt"], event["worker"], node))

@@ -57,7 +57,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                     for text in _overspent(history):
                         observer.note(text)
                     return history
-                if not new:
+                if not new and chain.begun_by_a_person():
                     _check_backend(config)
                 chain.refuse_crash_loop(history, observer.note)
                 journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over)
@@ -74,7 +74,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
         with _signals(coordinator):
             try:
                 coordinator.adopt()
-                if not chain.is_link():
+                if chain.begun_by_a_person():
                     coordinator.pardon()
                 coordinator.search()
             except Halted:

@@ -43,7 +43,7 @@ STUCK = re.compile(
     r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|PartitionConfig|Partition\w+Limit|Max\w+PerJob|PerLimit"
 )
 """In reasons for which a job waits until somebody changes something."""
-TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again")
+TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again", "inactive or drain")
 """What sbatch says, among other words, where the same call may succeed later, or has succeeded."""
 CROWDED = re.compile(r"\w*(Max|Grp)SubmitJob\w+")
 """What it says, among other words, where its user, account or QOS has as many jobs in the queue as it may."""
@@ -85,7 +85,7 @@ def refusal(text: str, *options: str) -> str | None:
         done = subprocess.run(
             command, input=text, capture_output=True, text=True, timeout=queue.QUERY_TIMEOUT_S, check=False
         )
-    except subprocess.TimeoutExpired:
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stderr.strip() if done.returncode else None
 
@@ -115,10 +115,13 @@ class SlurmBackend:
         self._last_state: dict[str, str] = {}
         self._nodes: dict[str, str] = {}
         self._max_array: int | None = None
-        self._taken = 0
-        """The longest array that Slurm took of an earlier coordinator."""
+        """MaxArraySize, once Slurm has told it."""
         self._fits: int | None = None
         """The largest array that may be taken, once one was refused for the number of jobs; None: any."""
+        self._proven = 0
+        """The array that would have been taken when last tried; 0: none was tried."""
+        self._doomed: list[str] = []
+        """Jobs to be cancelled."""
         self._stuck: set[str] = set()
         """Reasons to wait that have been told."""
         self._unexplained: set[str] = set()
@@ -129,31 +132,31 @@ class SlurmBackend:
     def room(self) -> int:
         """How many workers may be started now: as many as the site and the settings take in one array.
 
-        What the site takes is a status call, which a successor of living workers can do without.
+        To ask what the site takes is a status call.
         """
         now = time.monotonic()
         if now - self._submitted_at < self._cluster.submit_s:
             return 0
         if self._max_array is None:
-            limit = self._taken
-            if not limit:
-                if now - self._queried_at < self._cluster.status_s:
-                    return 0
-                self._queried_at, limit = now, queue.max_array_size() or self._cluster.max_array
-            self._max_array = min(self._cluster.max_array, limit)
-        return self._max_array if self._fits is None else self._room_left()
+            if now - self._queried_at < self._cluster.status_s:
+                return 0
+            self._queried_at, self._max_array = now, queue.max_array_size()
+        most = min(self._cluster.max_array, self._max_array or self._cluster.max_array)
+        return most if self._fits is None else self._room_left(min(most, self._fits))
 
-    def _room_left(self) -> int:
+    def _room_left(self, size: int) -> int:
         """How many more jobs Slurm takes of this user, who had too many: tried without submitting, now and then."""
-        assert self._fits is not None
-        if time.monotonic() - self._submitted_at < self._cluster.status_s:
-            return 0
-        self._submitted_at = time.monotonic()
-        text = script(self._cluster, "lemonade-check", Path("."))
-        if CROWDED.search(refusal(text, f"--array=0-{self._fits - 1}") or ""):
-            self._fits = max(1, self._fits // 2)
-            return 0
-        return self._fits
+        if self._proven:
+            proven, self._proven = self._proven, 0
+            return proven
+        if time.monotonic() - self._submitted_at >= self._cluster.status_s:
+            self._submitted_at = time.monotonic()
+            text = script(self._cluster, "lemonade-check", Path("."))
+            if CROWDED.search(refusal(text, f"--array=0-{size - 1}") or ""):
+                self._fits = max(1, size // 2)
+            else:
+                self._proven = size
+        return 0
 
     def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
         """Submit one array. Raises Refused, or NotNow where the queue holds as many jobs as its user may have.
@@ -184,10 +187,12 @@ class SlurmBackend:
 
     def adopt(self, name: str, launch: str, place: int) -> None:  # noqa: D102
         self._places[name] = (launch, place)
-        self._taken = max(self._taken, place + 1)
 
-    def heard(self, name: str, messages: Sequence[dict[str, Any]]) -> None:  # noqa: D102
+    def heard(self, name: str, messages: Sequence[dict[str, Any]]) -> None:
+        """Its reports. With the first, what was seen of its job before is out of date."""
         if messages:
+            if name not in self._heard_at:
+                self._last_state.pop(name, None)
             self._heard_at[name] = time.monotonic()
 
     def alive(self, name: str) -> bool:
@@ -212,10 +217,15 @@ class SlurmBackend:
         return None
 
     def kill(self, name: str) -> None:
-        """Cancel its job, if it is known."""
+        """Have its job cancelled, if it is known, with others in the next step."""
         job = self._jobs.get(self._places.get(name, ("", 0)))
         if job is not None:
-            queue.ask("scancel", job)
+            self._doomed.append(job)
+
+    def _cancel(self) -> None:
+        if self._doomed:
+            queue.ask("scancel", *self._doomed)
+            self._doomed.clear()
 
     def node(self, name: str) -> str | None:  # noqa: D102
         return self._nodes.get(name)
@@ -227,7 +237,8 @@ class SlurmBackend:
         return logs[-1].read_bytes()[-LAST_BYTES:].decode(errors="replace").strip() if logs else ""
 
     def step(self) -> None:
-        """Ask for the state of jobs, now and then, while there is a worker of which nothing is heard."""
+        """Cancel what is to be, and ask for the state of jobs, now and then, while a worker is not heard of."""
+        self._cancel()
         now = time.monotonic()
         asked = [name for name in self._places if self._silent(name) and self._ended.get(name, 0) < CONFIRMATIONS]
         asked += self._unexplained - set(asked)
@@ -259,7 +270,7 @@ class SlurmBackend:
             and not self._silent(name, UNSEEN_S)
         ):
             return  # it was at work: Slurm may have forgotten a job that still writes its last words
-        if state is not None:
+        if state is not None and not (self._last_state.get(name) in AGAIN and name in self._heard_at):
             self._last_state[name] = state
         if state is None or state in queue.ENDED or (state in AGAIN and name in self._heard_at):
             self._ended[name] = self._ended.get(name, 0) + 1
@@ -283,3 +294,4 @@ class SlurmBackend:
 
     def close(self) -> None:
         """Leave the workers as they are: they are told to stop by their mailboxes, if at all."""
+        self._cancel()

@@ -109,7 +109,8 @@ class Worker:
                 return self._leave("stopped by the coordinator")
         if self._assigned.num_damaged:
             return self._leave("its mailbox is damaged")
-        self._attend()
+        if not self._unfit:
+            self._attend()
         if self._unfit:
             return self._leave(UNFIT)
         now = time.monotonic()

@@ -225,8 +225,9 @@ def cluster(max_array: int = 1001, more: str = "") -> Iterator[Slurm]:
     finally:
         _stop(slurm)
         shutil.rmtree(folder, ignore_errors=True)
-        for path, mode in opened.items():
-            path.chmod(mode)
+        if not list(folder.parent.glob("lemonade-slurm-*")):  # no other one is up, whose jobs pass there
+            for path, mode in opened.items():
+                path.chmod(mode)
         remove_user()
 
 

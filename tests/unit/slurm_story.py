@@ -69,7 +69,8 @@ class Story:
         if command[0] in self.mute:
             return Answer(1)
         said = self.stage.run(command, stdin)
-        text = Path(command[-1]).read_text() if command[0] == "sbatch" and stdin is None else stdin or ""
+        scripts = [word for word in command[1:] if not word.startswith("-")] if command[0] == "sbatch" else []
+        text = Path(scripts[0]).read_text() if scripts and stdin is None else stdin or ""
         options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
         asked = [o for o in options if o.removeprefix("--").partition("=")[0] not in ASKED_ELSEWHERE]
         line = {"command": shlex.join(command), "options": asked, "code": said.code}
@@ -137,6 +138,11 @@ class Story:
         self.until(test, "sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State")
 
 
+def _end(backend: slurm.SlurmBackend, name: str) -> None:
+    backend.kill(name)
+    backend.close()
+
+
 def _told(concluded: object) -> object:
     """A conclusion as JSON."""
     if isinstance(concluded, queue.Answer):
@@ -185,15 +191,15 @@ def _an_array(story: Story) -> None:
     story.jobs("w0", 6)
     story.jobs("w0", 6, ("squeue",))
     story.jobs("w0", 6, ("squeue", "scontrol"))
-    story.ask("kill w1", lambda: made.kill("w1"))
+    story.ask("kill w1", lambda: _end(made, "w1"))
     story.until_seen(r"_1 \S+-w0 CANCELLED", r"_4 \S+-w0 RUNNING")
     story.jobs("w0", 6, ("squeue",))
-    story.ask("kill w5", lambda: made.kill("w5"))
+    story.ask("kill w5", lambda: _end(made, "w5"))
     story.accounting("w0", lambda said: said.count("RUNNING") == 4 and said.count("CANCELLED") == 2)
     story.jobs("w0", 6)
     story.jobs("w0", 6, ("squeue",))
     story.jobs("w0", 6, ("squeue", "scontrol"))
-    story.ask("kill w0", lambda: made.kill("w0"))
+    story.ask("kill w0", lambda: _end(made, "w0"))
     story.until(lambda said: said.count("-w0 CANCELLED") == 3)
     story.launch([f"x{k}" for k in range(6)])
     story.until(lambda said: said.count("-x0 RUNNING") == 1 and said.count("-x0 PENDING Resources") == 5)
@@ -257,7 +263,7 @@ def _ends(story: Story) -> None:
     story.happens("n3 ends")
     story.until_seen(r"-w0 NODE_FAIL")
     story.jobs("w0", 6)
-    story.ask("kill held", lambda: held.kill("held"))
+    story.ask("kill held", lambda: _end(held, "held"))
     story.until_seen(r"-held CANCELLED")
     story.jobs("held", 1)
 

@@ -173,6 +173,19 @@ def test_a_job_submits_its_successor_and_cancels_it_only_at_an_end(
     assert bool(commands.calls("scancel")) == cancelled
 
 
+@pytest.mark.parametrize(("words", "said"), [([chain.FIRST], "first"), ([], "next")])
+def test_a_job_knows_whether_a_person_has_submitted_it(
+    run: Path, commands: Commands, words: list[str], said: str
+) -> None:
+    session.submit(settings(), run)
+    assert commands.calls("sbatch")[-1].endswith("coordinator.sbatch first")
+    script = (run / "slurm/coordinator.sbatch").read_text()
+    start = script.index(sys.executable)
+    changed = script.replace(script[start : script.index(" &\n", start)], f"echo ${chain.LINK}")
+    done = subprocess.run(["bash", "-c", changed, "name", *words], capture_output=True, text=True, check=False)
+    assert said in done.stdout.split()
+
+
 @pytest.mark.parametrize(
     ("restarts", "refused", "queued", "calls"),
     [("", False, "", ["sbatch"]), ("1", False, "4712\n", ["squeue"]), ("1", False, "", ["squeue", "sbatch"]),
@@ -253,8 +266,39 @@ def test_a_chain_whose_coordinators_die_again_and_again_ends(
     monkeypatch.setenv(chain.LINK, "1")
     with pytest.raises(RunFailed, match=r"5 coordinators in a row died with no child finished: see slurm/\*.log"):
         doubles.search(run, doubles.config())
+    other = doubles.copy(run, run.with_name("other"))
+    monkeypatch.setenv(chain.LINK, chain.FIRST)  # a person has submitted it again
+    assert doubles.load(other, doubles.config()).history.num_crashes == chain.MAX_CRASHES
+    assert doubles.search(other, doubles.config()).state.complete
     monkeypatch.delenv(chain.LINK)
-    assert doubles.search(run, doubles.config()).state.complete  # a person may go on
+    assert doubles.search(run, doubles.config()).state.complete  # a person goes on
+
+
+def test_what_a_person_starts_anew_has_as_many_chances_as_a_new_run(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(run, chain.MAX_CRASHES)
+    made = doubles.start(run, doubles.config(), doubles.FakeBackend(run))
+    made.pardon()
+    made._ledger.write()
+    made._ledger.close()
+    assert doubles.load(run, doubles.config()).history.num_crashes == 0
+    monkeypatch.setenv(chain.LINK, "next")
+    killed(run, chain.MAX_CRASHES - 1)
+    assert doubles.search(run, doubles.config()).state.complete
+
+
+def test_a_successor_does_not_ask_whether_slurm_takes_workers(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partition may be drained for an hour: workers that live go on, and their coordinator must too."""
+    doubles.search(run, settings(), backend=doubles.FakeBackend(run))
+    more = doubles.config(search={"children": 24}, cluster={"backend": "slurm", "workers": 2})
+    commands.fail("sbatch", "sbatch: error: Batch job submission failed: Invalid account\n")
+    with pytest.raises(ConfigError, match="Invalid account"):
+        doubles.search(run, more, backend=doubles.FakeBackend(run))
+    monkeypatch.setenv(chain.LINK, "next")
+    assert doubles.search(run, more, backend=doubles.FakeBackend(run)).state.complete
 
 
 def test_a_child_that_was_finished_or_an_end_in_good_order_breaks_the_series(

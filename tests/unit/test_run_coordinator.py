@@ -880,11 +880,12 @@ def test_what_a_worker_says_right_before_it_dies_still_counts(run: Path) -> None
 def test_a_worker_learns_of_a_child_only_when_it_is_on_record(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, assigned = WorkerHandle.assign, []
 
-    def assign(handle: WorkerHandle, key: Any) -> None:
+    def assign(handle: WorkerHandle, keys: Any) -> None:
         history = doubles.load(run, SETTINGS).history
-        assert any(one.id == key[1] and one.worker == handle.name for one in history.attempts[key[0]])
-        assigned.append(key)
-        real(handle, key)
+        for number, attempt in keys:
+            assert any(one.id == attempt and one.worker == handle.name for one in history.attempts[number])
+        assigned.extend(keys)
+        real(handle, keys)
 
     monkeypatch.setattr(WorkerHandle, "assign", assign)
     doubles.search(run, SETTINGS)

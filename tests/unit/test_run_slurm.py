@@ -219,7 +219,9 @@ def test_what_another_coordinator_submitted_is_found_by_name(run: Path, queue: Q
     turns(one, queue, 200)
     assert one.alive("w1")
     one.kill("w1")
-    assert queue.asked[-1] == ("scancel", "5_1")
+    one.kill("w1")
+    turns(one, queue, 2)
+    assert queue.calls("scancel") == [("scancel", "5_1", "5_1")]  # at once, however many
 
 
 def test_an_array_is_no_larger_than_the_site_takes(run: Path, queue: Queue) -> None:
@@ -227,11 +229,13 @@ def test_an_array_is_no_larger_than_the_site_takes(run: Path, queue: Queue) -> N
     one, _ = backend(run)
     assert one.room() == 10 and one.room() == 10
     assert len(queue.asked) == 1
-    later, _ = backend(run)
-    later.adopt("w2", "w0", 2)
-    assert later.room() == 3 and len(queue.asked) == 1
     queue.silent()
     assert backend(run, max_array=7)[0].room() == 7
+    other, _ = backend(run, max_array=20)
+    assert other.room() == 20  # nobody answered, which is no answer
+    queue.controller = True
+    queue.now += 60
+    assert other.room() == 10
 
 
 def test_a_reason_to_wait_that_does_not_pass_is_told_once(run: Path, queue: Queue) -> None:
@@ -396,8 +400,12 @@ def test_a_successor_waits_before_its_first_calls(run: Path, queue: Queue) -> No
     one.adopt("w0", "w0", 0)
     assert one.room() == 0
     turns(one, queue, 59)
-    assert queue.calls("squeue") == [] and one.room() > 0
-    turns(one, queue, 2)
+    assert queue.asked == [] and one.room() == 0
+    queue.now += 1
+    assert one.room() > 0 and queue.asked == [("scontrol", "show", "config")]
+    turns(one, queue, 59)
+    assert len(queue.asked) == 1
+    turns(one, queue, 1)
     assert len(queue.calls("squeue")) == 1
 
 
@@ -579,18 +587,30 @@ def test_where_the_queue_is_full_fewer_are_submitted_and_tried_seldom(run: Path,
     tried = [" ".join(command[1:]) for command in queue.calls("sbatch")[1:]]
     assert tried == ["--test-only --array=0-3", "--test-only --array=0-1", *3 * ["--test-only --array=0-0"]]
     queue.limits = {}
-    queue.now += 60
-    assert one.room() == 1
-    one.launch(["w8"], [])
-    queue.now += 60
-    assert one.room() == 2
-    one.launch(["w9", "w10"], [])
-    for size in (4, 8):
+    for size in (1, 2, 4, 8):
         queue.now += 60
+        assert one.room() == 0  # tried
+        queue.now += 10
         assert one.room() == size
         one.launch([f"{size}x{k}" for k in range(size)], [])
     queue.now += 10
     assert one.room() == 1000  # as if it had never been full
+
+
+def test_where_the_queue_was_full_arrays_still_are_no_larger_than_the_site_takes(run: Path, queue: Queue) -> None:
+    queue.max_array = 3
+    one, _ = backend(run, workers=40)
+    assert one.room() == 3
+    queue.limits = LIMIT
+    with pytest.raises(NotNow):
+        one.launch(["a", "b", "c"], [])
+    queue.limits = {}
+    for size in (1, 2, 3, 3):
+        queue.now += 60
+        assert one.room() == 0
+        queue.now += 10
+        assert one.room() == size
+        one.launch([f"{queue.now:.0f}x{k}" for k in range(size)], [])
 
 
 def test_a_run_whose_user_may_have_no_more_jobs_waits_and_goes_on(
@@ -643,7 +663,38 @@ def test_a_worker_whose_job_is_requeued_is_over_and_the_job_is_cancelled(
     turns(one, queue, 61 if bye else 200)
     assert one.alive("w0") == bye  # one that said goodbye may have spoken a moment ago
     assert one.ended("w0") == "requeued"
-    assert queue.asked[-1] == ("scancel", "5")
+    queue.shows({"5": ("lemonade-01234567-w0", "COMPLETED")})  # its second life, which is short
+    turns(one, queue, 200)
+    assert one.ended("w0") == "requeued"
+    assert ("scancel", "5") in queue.asked
+
+
+def test_a_worker_that_waited_and_then_was_cancelled_was_not_requeued(run: Path, queue: Queue) -> None:
+    """That it waited was seen before its first word."""
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    queue.shows({"5": ("lemonade-01234567-w0", "PENDING")})
+    turns(one, queue, 61)
+    one.heard("w0", HELLO)
+    queue.shows({"5": ("lemonade-01234567-w0", "CANCELLED")})
+    assert one.ended("w0") is None
+    turns(one, queue, 61)
+    assert one.ended("w0") == "cancelled" and queue.calls("scancel") == []
+
+
+def test_what_accounting_knows_of_one_task_counts_more_than_what_the_queue_says_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that were cancelled by name have lost their indices; one of them had failed long before."""
+    name = "lemonade-01234567-w0"
+    answers(
+        monkeypatch,
+        squeue=f"77|{name}|CANCELLED|None|\n",
+        sacct=f"77_0|{name}|NODE_FAIL|n3\n77_1|{name}|CANCELLED by 1000|None assigned\n",
+    )
+    found = slurm_queue.jobs_of("0123456789", [("w0", 0), ("w0", 1), ("w0", 2), ("w7", 0)])
+    assert found is not None
+    assert [found.jobs["w0", k].state for k in range(3)] == ["NODE_FAIL", "CANCELLED", "CANCELLED"]
 
 
 def test_where_a_worker_ran_that_was_never_heard_of_is_known(run: Path, queue: Queue) -> None:
