@@ -328,6 +328,7 @@ def soak(run: Path, num_children: int, seed: int, *, faults: bool = True) -> Wor
         assert world.coordinator is not None
         failed = {outcome["child"] for outcome in world.coordinator.history.failures}
         assert failed == {n for n in world.poison if n < num_children + 3}, "only children that always crash may fail"
+        assert "requeued" not in world.coordinator.history.departures, "no job is put back into the queue"
         doubles.assert_sound(run)
         lost = [event for event in doubles.events(run, settings, "lost") if event["kind"] == "crash"]
         assert max(Counter(event["child"] for event in lost).values(), default=0) <= 1 + settings.cluster.retries
