@@ -66,8 +66,6 @@ def search(
     take_over: Annotated[bool, typer.Option("--take-over", help="the last coordinator is known to be gone")] = False,
 ) -> None:
     """Start, continue or recover a search: the same command every time."""
-    words = ["lemonade-hpc", "search", source, *(["--run", str(run)] if run is not None else [])]
-    on = f"Nothing is lost. To go on: {shlex.join(words)}"
     try:
         settings = config.load(source)
 
@@ -81,12 +79,22 @@ def search(
             with ProgressView(tables.console(stderr=True)) as view:
                 session.search(settings, folder, view, take_over=take_over)
         except Stopped as stop:
-            typer.echo(f"{stop}." if isinstance(stop, Superseded) else f"{stop}. {on}", err=True)
+            typer.echo(
+                f"{stop}." if isinstance(stop, Superseded) else f"{stop}. {_how_to_go_on(source, run)}", err=True
+            )
             raise typer.Exit(STOPPED) from None
     except KeyboardInterrupt:
-        typer.echo(f"interrupted. {on}", err=True)
+        typer.echo(f"interrupted. {_how_to_go_on(source, run)}", err=True)
         raise typer.Exit(STOPPED) from None
     _show_result(folder)
+
+
+def _how_to_go_on(source: str, run: Path | None) -> str:
+    from lemonade_hpc.run import chain
+
+    command = "submit" if chain.is_link() else "search"
+    words = ["lemonade-hpc", command, source, *(["--run", str(run)] if run is not None else [])]
+    return f"Nothing is lost. To go on: {shlex.join(words)}"
 
 
 @app.command()
@@ -124,7 +132,7 @@ def _show_result(run: Path) -> None:
     try:
         _draw(run, content, fixed, loaded, [run / "front.png"])
         typer.echo(f"picture: {run / 'front.png'}")
-    except OSError as error:
+    except Exception as error:  # whatever drawing may lack
         typer.echo(f"no picture: {error}", err=True)
     if loaded.history.complete is not None:
         typer.echo(f"every child: {run / loaded.history.complete['file']}")
@@ -190,7 +198,7 @@ def stop(run: RunFolder) -> None:
 
 @app.command()
 def cancel(run: RunFolder) -> None:
-    """End the coordinator and the workers of a run; the same search command goes on."""
+    """End the coordinator and the workers of a run; the same command goes on."""
     from lemonade_hpc.run.cancel import cancel as end
 
     done = end(run)

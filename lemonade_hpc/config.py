@@ -192,7 +192,7 @@ class Cluster(_Section):
         (), description="slurm: options that the site does not take, of cpus-per-task, mem, gres, no-requeue"
     )
     setup: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (), description="slurm: shell lines before a worker starts"
+        (), description="slurm: shell lines before a worker, and before a submitted coordinator"
     )
     extra: dict[str, str | int | bool] = Field({}, description="slurm: further options of sbatch")
     max_array: Positive = Field(1000, description="slurm: most tasks of one array")
@@ -279,13 +279,13 @@ def parse(content: str | bytes, source: str) -> Config:
     """Check YAML text; `source` names it in errors."""
     try:
         given = yaml.safe_load(content)
-        repeated = list(_repeated(yaml.compose(content, Loader=yaml.SafeLoader)))
+        mistakes = list(_mistakes(yaml.compose(content, Loader=yaml.SafeLoader)))
     except Exception as error:  # PyYAML lets ValueError, KeyError and others escape, as on the date 2024-13-01
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    if repeated:
-        raise ConfigError("\n".join(f"{source}: {text}" for text in repeated))
+    if mistakes:
+        raise ConfigError("\n".join(f"{source}: {text}" for text in mistakes))
     if not isinstance(given, dict):
         what = "it is empty" if given is None else f"got {given!r:.60}"
         raise ConfigError(f"{source}: expected keys, at least 'data: {{name: digits}}'; {what}")
@@ -293,11 +293,13 @@ def parse(content: str | bytes, source: str) -> Config:
     return from_dict({key: value for key, value in given.items() if key not in empty}, source)
 
 
-def _repeated(node: yaml.Node | None) -> Iterator[str]:
-    """Find keys that stand twice in a mapping: YAML would keep the last one, in silence."""
-    if isinstance(node, yaml.SequenceNode):
+def _mistakes(node: yaml.Node | None) -> Iterator[str]:
+    """Find what YAML takes in silence: keys twice in a mapping, of which it keeps the last; 4:00:00, which is 14400."""
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
+        yield f"got {node.value} in line {node.start_mark.line + 1}; give a number, without colons"
+    elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _repeated(item)
+            yield from _mistakes(item)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -305,7 +307,7 @@ def _repeated(node: yaml.Node | None) -> Iterator[str]:
             if name in lines:
                 yield f"the key '{name}' is given twice, in lines {lines[name]} and {line}; remove one"
             lines[name] = line
-            yield from _repeated(value)
+            yield from _mistakes(value)
 
 
 def from_dict(given: dict[str, Any], source: str) -> Config:

@@ -25,13 +25,11 @@ POLL_JOB_S = 2.0
 
 def stop(run: Path) -> str:
     """Have the coordinator end what is in training and leave; what follows, in words. Raises ConfigError."""
-    run_id = record.read_identity(run)["run"]
+    ended = "".join(f"{what} is cancelled; " for what in _end_chain(run, record.read_identity(run)["run"]))
     numbers = files.epochs(run)
     owned = lease.read_owner(run, numbers[-1]) if numbers else None
-    if owned is not None and owned["config"]["cluster"]["backend"] == "slurm":
-        chain.end(run_id)
     if owned is None or queue.judge(owned["owner"]) == "gone":
-        return "no coordinator is at work; workers, if any, end what they have and leave"
+        return f"{ended}no coordinator is at work; workers, if any, end what they have and leave"
     with open(run / files.stop_order(numbers[-1]), "ab") as file:
         file.write(b".")
     return f"told {owner.describe(owned['owner'])}: it ends what is in training, then stops; `status` shows how it goes"
@@ -45,7 +43,7 @@ def cancel(run: Path) -> list[str]:
     run_id = record.read_identity(run)["run"]
     numbers = files.epochs(run)
     if not numbers:
-        return []
+        return _end_chain(run, run_id)
     owned = lease.read_owner(run, numbers[-1])
     who, on_slurm = owned["owner"], owned["config"]["cluster"]["backend"] == "slurm"
     verdict = queue.judge(who)
@@ -54,10 +52,19 @@ def cancel(run: Path) -> list[str]:
             f"{run}: its coordinator is {owner.describe(who)}, which cannot be reached from here; end it there first, "
             f"else it would start workers again"
         )
-    if on_slurm:
-        chain.end(run_id)
-    done = _end_coordinator(who) if verdict == "alive" else []
+    waited = _end_chain(run, run_id)
+    done = (_end_coordinator(who) if verdict == "alive" else []) + waited
     return done + _cancel_jobs(run_id) if on_slurm else done
+
+
+def _end_chain(run: Path, run_id: str) -> list[str]:
+    """Cancel a coordinator that waits in the queue, if the run was ever submitted: nobody is to go on by himself."""
+    if not (run / files.SLURM).exists():
+        return []
+    name = f"--name={chain.job_name(run_id)}"
+    waiting = queue.ask("squeue", "--me", "--noheader", name, "--states=PENDING", "--format=%i")
+    chain.end(run_id)
+    return [f"job {job} (a coordinator that waited)" for job in (waiting or "").split()]
 
 
 def _end_coordinator(who: dict[str, Any]) -> list[str]:

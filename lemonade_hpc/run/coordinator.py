@@ -47,6 +47,8 @@ class Coordinator:
     ) -> None:
         self.run, self.config, self.history = run, config, history
         self.stop_signal: int | None = None
+        self.why: str | None = None
+        """Why it leaves a run that is not complete."""
         self._ledger = Ledger(run, history, journal)
         self._crew = Crew(config.cluster, self._ledger, backend, observer)
         self._backend, self._observer = backend, observer
@@ -336,7 +338,7 @@ class Coordinator:
                 self._crew.stop()
             with contextlib.suppress(OSError, RunFailed):
                 self._commit()
-                self._ledger.record({"event": "closed"})
+                self._ledger.record({"event": "closed", "why": self.why})
                 self._ledger.write()
         if not self._ledger.superseded():
             self._backend.close()

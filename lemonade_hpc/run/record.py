@@ -217,6 +217,8 @@ class History:
         self.num_records = 0
         self.num_crashes = 0
         """Coordinators in a row, up to the last one, that ended in no good order and saw no child finished."""
+        self.why_closed: str | None = None
+        """Why the last coordinator that left in good order left a run that was not complete."""
         self.initial_front: pareto.Front | None = None
         """The front of the initial networks alone, once all have reported; children may have been faster than some."""
         self._initial = self.state.front
@@ -257,6 +259,7 @@ class History:
             self.complete = event
         elif kind == "closed":
             self.num_crashes = 0
+            self.why_closed = event.get("why")
         else:
             raise ValueError(f"unknown event {kind!r}")
         self.num_records += 1

@@ -21,7 +21,7 @@ from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
 from lemonade_hpc.run import backends, chain, lease, population, queue, record, request, slurm
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
-from lemonade_hpc.run.ledger import Halted
+from lemonade_hpc.run.ledger import Halted, RunFailed
 from lemonade_hpc.run.record import History, Loaded
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
@@ -77,8 +77,9 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                 if chain.begun_by_a_person():
                     coordinator.pardon()
                 coordinator.search()
-            except Halted:
-                if chain.is_link():
+            except (Stopped, RunFailed) as error:
+                coordinator.why = str(error)
+                if isinstance(error, Halted) and chain.is_link():
                     chain.end(record.read_identity(run)["run"])
                 raise
             finally:
@@ -103,6 +104,7 @@ def submit(config: Config, run: Path) -> str:
 def submission(config: Config, run: Path) -> tuple[str, str]:
     """The scripts of the coordinator's job and of a worker's, as `submit` would have them run."""
     config, _ = _to_submit(config)
+    slurm.check_commands()
     new = not (run / files.RUN).exists()
     run_id = "x" * 8 if new else record.read_identity(run)["run"]
     folder = run / files.WORKERS / "e1w00" / "job"
@@ -206,8 +208,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _backend(run: Path, config: Config, observer: Observer) -> Backend:
     if config.cluster.backend == "slurm":
-        first = files.epochs(run) == [1] and not chain.is_link()  # a link has just submitted its successor
-        return slurm.SlurmBackend(run, record.read_identity(run)["run"], config.cluster, observer.note, first=first)
+        run_id, first = record.read_identity(run)["run"], chain.begun_by_a_person()
+        return slurm.SlurmBackend(run, run_id, config.cluster, observer.note, first=first)
     return (InlineBackend if config.cluster.backend == "inline" else LocalBackend)(run, config.cluster)
 
 

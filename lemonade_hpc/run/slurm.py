@@ -51,14 +51,19 @@ NODES_MAY_BE_DOWN = "requested node configuration is not available"
 """What `sbatch --test-only` says where sbatch itself would let the job wait, or refuse it in the same words."""
 
 
-def check(cluster: Cluster) -> None:
-    """Ask Slurm, without submitting, whether it would take such a worker. Raises ConfigError with what it says."""
+def check_commands() -> None:
+    """Raises ConfigError where Slurm's commands are not at hand."""
     missing = [name for name in COMMANDS if shutil.which(name) is None]
     if missing:
         raise ConfigError(
             f"cluster.backend: got slurm, but {', '.join(missing)} cannot be found here; go to a node where jobs are "
             f"submitted, or use backend: local"
         )
+
+
+def check(cluster: Cluster) -> None:
+    """Ask Slurm, without submitting, whether it would take such a worker. Raises ConfigError with what it says."""
+    check_commands()
     text = script(cluster, "lemonade-check", Path("."))
     said = check_script(text, "a worker as these settings describe it")
     if said is not None and NODES_MAY_BE_DOWN in said.lower():

@@ -91,6 +91,7 @@ def status(run: Path, judge: Judge = queue.judge) -> dict[str, Any]:
     return {
         "run": content["run"],
         "state": _life(run, history, judge),
+        "why_closed": history.why_closed if history.complete is None else None,
         "warnings": list(loaded.warnings),
         "data": {
             "name": content["config"]["data"]["name"],

@@ -158,8 +158,9 @@ def usage_text(usage: Mapping[str, Any]) -> str:
 def status_view(data: Mapping[str, Any], num_validation: int) -> RenderableType:
     """Show all of `run.status.status` on a terminal."""
     state = data["state"]
-    advice = "; the same search command goes on" if state == "stopped" else ""
-    parts: list[RenderableType] = [Text(state + advice, style="bold"), Text(summary(data))]
+    why = f": {data['why_closed']}" if state == "stopped" and data["why_closed"] else ""
+    advice = "; the same command goes on" if state == "stopped" else ""
+    parts: list[RenderableType] = [Text(state + why + advice, style="bold"), Text(summary(data))]
     lost = {kind: count for kind, count in data["attempts_lost"].items() if count and kind != "stopped"}
     if lost:
         parts.append(Text("attempts lost: " + ", ".join(f"{LOSSES[kind]} {count}" for kind, count in lost.items())))

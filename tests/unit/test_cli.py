@@ -525,7 +525,7 @@ def test_watching_ends_with_the_run_or_with_ctrl_c(finished, lemonade, monkeypat
     monkeypatch.setattr(cli.time, "sleep", interrupt)
     code, out, err = lemonade("status", finished[0], "--watch")
     assert (code, err) == (0, "")
-    assert out.startswith("stopped; the same search command goes on\n")
+    assert out.startswith("stopped; the same command goes on\n")
 
 
 def test_test_measures_the_front_on_the_test_images(finished, lemonade):

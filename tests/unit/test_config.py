@@ -354,3 +354,9 @@ def test_what_is_larger_than_the_image_is_refused_once_its_size_is_known(key):
     assert getattr(config.resolve(settings, (3, 9, 12)).training, key) == 9
     with pytest.raises(ConfigError, match=f"training.{key}: got 9; the images have 12 x 8 pixels.*at most 8"):
         config.resolve(settings, (3, 12, 8))
+
+
+def test_a_time_with_colons_is_no_number_of_minutes() -> None:
+    """YAML 1.1 reads it as a number to the base of 60: ten days."""
+    with pytest.raises(config.ConfigError, match="test: got 4:00:00 in line 2; give a number, without colons"):
+        config.parse("data: {name: digits}\ncluster: {time_min: 4:00:00}", "test")

@@ -86,7 +86,7 @@ def test_the_jobs_of_this_run_that_have_not_ended_are_cancelled(run: Path, monke
     monkeypatch.setattr(queue, "ask", ask)
     held_by(run, {}, "slurm")
     assert cancel.cancel(run) == ["job 7_0", "job 7_2"]
-    assert asked[0][:2] == ("scancel", "--me") and asked[2:] == [("scancel", "7_0", "7_2")]
+    assert asked[0][:2] == ("squeue", "--me") and asked[1:] == [("scancel", "7_0", "7_2")]
 
 
 @pytest.mark.parametrize("silent", ["squeue", "scancel"])

@@ -14,7 +14,7 @@ import pytest
 from lemonade_hpc import config as configs
 from lemonade_hpc import files
 from lemonade_hpc.config import ConfigError
-from lemonade_hpc.run import cancel, chain, lease, queue, record, session, slurm
+from lemonade_hpc.run import cancel, chain, lease, queue, record, session, slurm, status
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.ledger import Halted
 
@@ -379,6 +379,41 @@ def test_who_asks_again_and_again_asks_slurm_once_a_minute(monkeypatch: pytest.M
     assert patient({"pid": 1}) == "gone"
 
 
+@pytest.mark.parametrize("end", [cancel.stop, cancel.cancel])
+def test_a_coordinator_that_has_only_waited_is_cancelled_too(run: Path, commands: Commands, end: Any) -> None:
+    session.submit(settings(), run)
+    commands.say("squeue", "4711\n")
+    said = end(run)
+    assert "job 4711 (a coordinator that waited)" in (said if isinstance(said, str) else said[0])
+    name = chain.job_name(record.read_identity(run)["run"])
+    assert commands.calls("scancel") == [f"scancel --me --name={name} --state=PENDING"]
+
+
+def test_scripts_cannot_be_shown_where_slurm_is_not(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doubles.install(monkeypatch)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="sbatch, squeue, scancel, srun cannot be found here"):
+        session.submission(settings(), run)
+
+
+def test_why_a_run_was_left_is_on_record_until_somebody_goes_on(run: Path, commands: Commands) -> None:
+    capped = doubles.config(cluster={"max_workers": 1})
+    backend = doubles.FakeBackend(run, lambda task: "hang")
+    step = backend.step
+
+    def step_and_die() -> None:
+        step()
+        backend.workers.clear()
+
+    backend.step = step_and_die  # type: ignore[method-assign]
+    with pytest.raises(Halted):
+        doubles.search(run, capped, backend=backend)
+    told = status.status(run, lambda who: "gone")
+    assert told["state"] == "stopped" and told["why_closed"].startswith("cluster.max_workers: 1 workers have been")
+    doubles.search(run, doubles.config())
+    assert status.status(run, lambda who: "gone")["why_closed"] is None
+
+
 # ---------------------------------------------------------------- stop
 
 
@@ -405,7 +440,7 @@ def test_stop_ends_the_chain_also_where_no_coordinator_is_at_work(run: Path, com
     assert cancel.stop(run).startswith("no coordinator is at work")
     doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
     assert cancel.stop(run).startswith("no coordinator is at work")
-    assert len(commands.calls("scancel")) == 1
+    assert len(commands.calls("scancel")) == 2
     assert not (run / files.stop_order(1)).read_bytes()
 
 

@@ -170,6 +170,7 @@ def told(**changed):
     data = {
         "state": "complete",
         "warnings": [],
+        "why_closed": None,
         "data": {"name": "digits", "num_train": 1097, "num_validation": 350, "num_test": 350},
         "children": {
             "budget": 12,
@@ -217,6 +218,7 @@ def test_the_status_tells_what_is_lost_cut_off_or_damaged_and_how_to_go_on():
     changed = {
         "state": "stopped",
         "warnings": ["[/journal] damaged"],
+        "why_closed": "cluster.max_workers is reached",
         "attempts_lost": {"crash": 2, "walltime": 1, "worker": 0, "stopped": 1},
         "workers_left": {"preempted": 3, "idle": 1},
         "nodes_excluded": {"n7": "three came to grief there"},
@@ -227,7 +229,7 @@ def test_the_status_tells_what_is_lost_cut_off_or_damaged_and_how_to_go_on():
         "failures": told()["failures"][1:],
     }
     lines = shown(tables.status_view(told(**changed), 350))
-    assert lines[0] == "stopped; the same search command goes on"
+    assert lines[0] == "stopped: cluster.max_workers is reached; the same command goes on"
     for expected in (
         "attempts lost: crash 2, time limit 1",
         "workers left: preempted 3, idle 1",
