@@ -274,7 +274,9 @@ def calls(slurm: Slurm, record: Record, minutes: float, sleep_s: float = 20.0) -
     minutes = (time.monotonic() - began) / 60
     code, out, err = lemonade(slurm, home, "stop", "run")
     assert code == 0, out + err
-    wait_for("the chain is over", lambda: not coordinators(slurm), 180)
+    wait_for(
+        "the chain is over", lambda: not coordinators(slurm), 600
+    )  # a worker that was killed is missed after minutes
     made = [line.split(maxsplit=2) for line in log.read_text().splitlines()]
     times = [(float(at), name) for at, name, *_ in made if float(at) > submitted]
     status = rounds([at for at, name in times if name in ("squeue", "scontrol", "sacct")])
