@@ -35,7 +35,7 @@ from runs import CONFIG, LEMONADE, front, lemonade, running, start  # noqa: E402
 
 from lemonade_hpc import files  # noqa: E402
 from lemonade_hpc.run import owner  # noqa: E402
-from slurm import Slurm, cluster, wait_for  # noqa: E402
+from slurm import Slurm, cluster, end_in_good_order, wait_for  # noqa: E402
 
 RUN_S = 1800.0
 BUSY, OVER_BARRIER = 0.9, 1.15
@@ -319,6 +319,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     parts = given.parts.split(",")
     record = Record(given.record)
+    end_in_good_order()
     with cluster() as slurm:
         version = re.sub(r"\s+", " ", slurm.run("sinfo", "--version")).strip()
         record.add("start", slurm=version, small=given.small, parts=parts)

@@ -303,9 +303,16 @@ def _stop(slurm: Slurm) -> None:
             slurm.stop(name)
 
 
+def end_in_good_order() -> None:
+    """Have SIGTERM and SIGINT end this process by an exception, also where a shell has put it into the background."""
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, signal.default_int_handler)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run a command as the ordinary user while a Slurm is up: `python slurm.py sinfo`."""
     started = time.monotonic()
+    end_in_good_order()
     with cluster() as slurm:
         print(json.dumps({"up_s": round(time.monotonic() - started, 1), **slurm.environ}), file=sys.stderr)
         return subprocess.run(
