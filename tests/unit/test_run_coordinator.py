@@ -301,7 +301,8 @@ def test_a_stopped_attempt_counts_nothing(run: Path) -> None:
     assert {kind for _, kind in lost(run, settings)} == {"stopped"}
 
 
-def test_a_worker_that_leaves_gives_its_children_back(run: Path) -> None:
+def test_a_worker_that_leaves_gives_its_children_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubles.worker, "SAVE_S", 0.05)
     backend = doubles.FakeBackend(
         run, lambda task: "hang" if task["attempt"] == "e1a1" and task["child"] == 4 else None
     )
@@ -322,8 +323,9 @@ def test_a_worker_that_leaves_gives_its_children_back(run: Path) -> None:
     assert note.endswith("left its children: signalled")
 
 
-def test_workers_that_leave_in_a_row_with_nothing_done_end_the_run(run: Path) -> None:
+def test_workers_that_leave_in_a_row_with_nothing_done_end_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody signals each of them: no progress is possible."""
+    monkeypatch.setattr(doubles.worker, "SAVE_S", 0.05)
     backend = doubles.FakeBackend(run, lambda task: "hang")
     step = backend.step
 
