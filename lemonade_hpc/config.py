@@ -6,8 +6,6 @@ the YAML itself, never imports torch. The paper's values (section Experiments an
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lemonade_hpc import explain
 
 DATA_SETS = ("digits", "mnist5k", "cifar10", "cifar100", "npz", "module:function")
 CHEAP_OBJECTIVES = ("params", "macs")
@@ -258,7 +258,7 @@ def load(source: str) -> Config:
     except FileNotFoundError:
         known = [*shipped_names(), *map(str, Path(source).parent.glob("*.y*ml"))]
         shipped = ", ".join(shipped_names())
-        raise ConfigError(f"{source}: no such file{_hint(source, known)} Shipped are: {shipped}") from None
+        raise ConfigError(f"{source}: no such file{explain.nearest(source, known)} Shipped are: {shipped}") from None
     except IsADirectoryError:
         raise ConfigError(f"{source}: a folder; give the YAML file of the search, and the folder by --run") from None
     except OSError as error:
@@ -279,7 +279,7 @@ def parse(content: str | bytes, source: str) -> Config:
     """Check YAML text; `source` names it in errors."""
     try:
         given = yaml.safe_load(content)
-        mistakes = list(_mistakes(yaml.compose(content, Loader=yaml.SafeLoader)))
+        mistakes = list(explain.mistakes(yaml.compose(content, Loader=yaml.SafeLoader)))
     except Exception as error:  # PyYAML lets ValueError, KeyError and others escape, as on the date 2024-13-01
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -293,29 +293,12 @@ def parse(content: str | bytes, source: str) -> Config:
     return from_dict({key: value for key, value in given.items() if key not in empty}, source)
 
 
-def _mistakes(node: yaml.Node | None) -> Iterator[str]:
-    """Find what YAML takes in silence: keys twice in a mapping, of which it keeps the last; 4:00:00, which is 14400."""
-    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
-        yield f"got {node.value} in line {node.start_mark.line + 1}; give a number, without colons"
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _mistakes(item)
-    elif isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                yield f"the key '{name}' is given twice, in lines {lines[name]} and {line}; remove one"
-            lines[name] = line
-            yield from _mistakes(value)
-
-
 def from_dict(given: dict[str, Any], source: str) -> Config:
     """Check a mapping; `source` names it in errors."""
     try:
         return Config.model_validate(given)
     except ValidationError as error:
-        lines = [f"{source}: {_explain(item)}" for item in error.errors()]
+        lines = [f"{source}: {explain.explain(item, Config)}" for item in error.errors()]
         raise ConfigError("\n".join(lines)) from error
 
 
@@ -327,59 +310,6 @@ def to_dict(config: Config) -> dict[str, Any]:
 def dump(config: Config) -> bytes:
     """Write it as a YAML file, which `load` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode()
-
-
-_ALLOWED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text; write it in quotes",
-    "dict_type": "options and their values, as in {{name: value}}",
-    "tuple_type": "a list, in brackets or with a dash before each entry",
-    "literal_error": "{expected}",
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "above {gt}",
-    "less_than": "below {lt}",
-}
-"""What pydantic's errors ask for, in words."""
-
-
-def _explain(item: Any) -> str:
-    """Say one pydantic error in the user's words: the key, what was given, what is allowed."""
-    where, kind, key = list(item["loc"]), item["type"], ".".join(map(str, item["loc"]))
-    got = f"{key}: got {'no value' if item['input'] is None else repr(item['input'])}"
-    if kind in ("extra_forbidden", "invalid_key"):
-        return _unknown(where)
-    if kind == "missing":
-        return f"the key '{key}' is required"
-    if kind == "value_error":
-        return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
-    if kind == "model_type":
-        first, *more = _section(where).model_fields
-        return f"{got}; it must hold keys, as in {{{first}: ...}}; allowed are {', '.join([first, *more])}"
-    allowed = _ALLOWED[kind].format(**item.get("ctx", {})) if kind in _ALLOWED else item["msg"]
-    hint = _hint(item["input"], allowed.split("'")[1::2]) if kind == "literal_error" else ""
-    return f"{got}; it must be {allowed}{hint}"
-
-
-def _unknown(where: list[Any]) -> str:
-    """Answer an unknown key with the valid ones and the nearest match, or the section that it belongs to."""
-    word, valid = str(where[-1]), sorted(_section(where[:-1]).model_fields)
-    homes = [k for k, field in Config.model_fields.items() if word in getattr(field.annotation, "model_fields", ())]
-    hint = f". Did you mean '{homes[0]}.{word}'?" if homes else _hint(word, valid)
-    return f"unknown key '{'.'.join(map(str, where))}'{hint} Valid keys here: {', '.join(valid)}"
-
-
-def _hint(given: Any, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(given), known, 1)
-    return f". Did you mean '{near[0]}'?" if near else "."
-
-
-def _section(where: list[Any]) -> type[BaseModel]:
-    """Find the model whose keys stand at a place."""
-    section: Any = Config.model_fields[where[0]].annotation if where else Config
-    return Objective if where and where[0] == "objectives" else section
 
 
 SMALL = 16

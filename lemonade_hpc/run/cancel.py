@@ -61,10 +61,9 @@ def _end_chain(run: Path, run_id: str) -> list[str]:
     """Cancel a coordinator that waits in the queue, if the run was ever submitted: nobody is to go on by himself."""
     if not (run / files.SLURM).exists():
         return []
-    name = f"--name={chain.job_name(run_id)}"
-    waiting = queue.ask("squeue", "--me", "--noheader", name, "--states=PENDING", "--format=%i")
+    waiting = chain.waiting(run_id)
     chain.end(run_id)
-    return [f"job {job} (a coordinator that waited)" for job in (waiting or "").split()]
+    return [f"job {job} (a coordinator that waited)" for job in waiting]
 
 
 def _end_coordinator(who: dict[str, Any]) -> list[str]:

@@ -70,9 +70,9 @@ def begin(config: Config, run: Path) -> str:
     """Submit a run's first coordinator; its job's id. Raises ConfigError with what Slurm says."""
     run_id = record.read_identity(run)["run"]
     name = job_name(run_id)
-    queued = waiting(run_id)
-    if queued:
-        raise ConfigError(f"{run}: has a coordinator in the queue already, job {', '.join(queued)}")
+    there = queued(run_id)
+    if there:
+        raise ConfigError(f"{run}: has a coordinator in the queue already, job {', '.join(there)}")
     folder = run / files.SLURM
     files.make_folder(folder)
     files.write(folder / "config.yaml", dump(config))
@@ -88,12 +88,22 @@ def begin(config: Config, run: Path) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def waiting(run_id: str) -> list[str]:
+def queued(run_id: str) -> list[str]:
     """The jobs of a run's chain, at work or not yet; raises ConfigError where Slurm does not say."""
-    answer = queue.ask("squeue", "--me", "--noheader", f"--name={job_name(run_id)}", "--format=%i")
+    answer = _jobs(run_id)
     if answer is None:
         raise ConfigError("squeue does not answer: whether a coordinator is in the queue is not known; try again later")
-    return answer.split()
+    return answer
+
+
+def waiting(run_id: str) -> list[str]:
+    """Those that are not at work yet, as far as Slurm says."""
+    return _jobs(run_id, "--states=PENDING") or []
+
+
+def _jobs(run_id: str, *options: str) -> list[str] | None:
+    answer = queue.ask("squeue", "--me", "--noheader", f"--name={job_name(run_id)}", *options, "--format=%i")
+    return None if answer is None else answer.split()
 
 
 def end(run_id: str) -> None:

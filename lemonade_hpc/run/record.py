@@ -218,7 +218,7 @@ class History:
         self.num_crashes = 0
         """Coordinators in a row, up to the last one, that ended in no good order and saw no child finished."""
         self.why_closed: str | None = None
-        """Why the last coordinator that left in good order left a run that was not complete."""
+        """Why the last coordinator left a run that was not complete, if it did in good order."""
         self.initial_front: pareto.Front | None = None
         """The front of the initial networks alone, once all have reported; children may have been faster than some."""
         self._initial = self.state.front
@@ -397,7 +397,7 @@ def load(run: Path, fixed: Problem, upto: list[Event] | None = None) -> Loaded:
             if upto is not None:
                 upto.append(event)
             if event["event"] == "epoch":
-                history.num_crashes += 1  # until it closes in good order
+                history.num_crashes, history.why_closed = history.num_crashes + 1, None  # until it closes in good order
             else:
                 _apply(history, event, run / files.epoch_folder(number))
     return Loaded(history, *found.end, tuple(found.warnings), found.mended, tuple(found.late))

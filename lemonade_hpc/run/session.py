@@ -208,8 +208,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _backend(run: Path, config: Config, observer: Observer) -> Backend:
     if config.cluster.backend == "slurm":
-        run_id, first = record.read_identity(run)["run"], chain.begun_by_a_person()
-        return slurm.SlurmBackend(run, run_id, config.cluster, observer.note, first=first)
+        run_id, at_once = record.read_identity(run)["run"], chain.begun_by_a_person()
+        return slurm.SlurmBackend(run, run_id, config.cluster, observer.note, at_once=at_once)
     return (InlineBackend if config.cluster.backend == "inline" else LocalBackend)(run, config.cluster)
 
 

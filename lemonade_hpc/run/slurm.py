@@ -102,13 +102,13 @@ def _may_pass(said: str) -> bool:
 class SlurmBackend:
     """The workers of a run on a cluster. `run_id` tells its jobs from those of other runs.
 
-    `first`: whether no coordinator came before, which may have called Slurm a moment ago.
+    `at_once`: whether Slurm may be called at once; a successor's predecessor may have called it a moment ago.
     """
 
     lasting = excludes = True
 
     def __init__(
-        self, run: Path, run_id: str, cluster: Cluster, note: Callable[[str], None], *, first: bool = True
+        self, run: Path, run_id: str, cluster: Cluster, note: Callable[[str], None], *, at_once: bool = True
     ) -> None:
         self._run, self._cluster, self._note = run.resolve(), cluster, note
         self._run_id = run_id
@@ -132,7 +132,7 @@ class SlurmBackend:
         self._unexplained: set[str] = set()
         """Workers that are gone, and how is asked."""
         self._jobs: dict[queue.Place, str] = {}
-        self._queried_at = self._submitted_at = -math.inf if first else time.monotonic()
+        self._queried_at = self._submitted_at = -math.inf if at_once else time.monotonic()
 
     def room(self) -> int:
         """How many workers may be started now: as many as the site and the settings take in one array.

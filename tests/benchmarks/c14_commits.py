@@ -16,7 +16,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from common import arguments, compared, report
+from common import against_target, arguments, compared, report
 
 from lemonade_hpc import files
 from lemonade_hpc.run import journal
@@ -102,9 +102,7 @@ def main() -> None:
             times[name].append(seconds / count)
             complete = complete and read_back
     found = compared(times, "HDF5 in place", "journal", FLOOR)
-    per_s = 1e6 / found["candidate_us"]
-    target = {"per_s": round(per_s), "target_per_s": TARGET_PER_S, "target_met": per_s > TARGET_PER_S}
-    report("C14", given, {"everything committed is read back": complete}, found | target)
+    report("C14", given, {"everything committed is read back": complete}, against_target(found, TARGET_PER_S))
 
 
 if __name__ == "__main__":

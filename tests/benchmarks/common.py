@@ -59,6 +59,12 @@ def compared(
     return found if floor is None else {**found, "floor": floor, "floor_met": found["ratio"] >= floor}
 
 
+def against_target(found: dict[str, Any], per_s: float) -> dict[str, Any]:
+    """What `compared` has found, with the candidate's rate in units a second and the rate that was aimed at."""
+    rate = 1e6 / found["candidate_us"]
+    return found | {"per_s": round(rate), "target_per_s": per_s, "target_met": rate > per_s}
+
+
 def rounded(value: float) -> float:
     """Three digits that count."""
     return float(f"{value:.3g}")

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import CONFIG, front, lemonade  # noqa: E402
+from runs import config, front, lemonade  # noqa: E402
 
 from slurm import USER, Slurm, cluster, wait_for  # noqa: E402
 
@@ -29,7 +29,7 @@ def home(slurm: Slurm, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A folder of the ordinary user's, with a configuration for each backend."""
     folder = Path(tempfile.mkdtemp(prefix=f"{request.node.name.partition('[')[0]}-", dir=slurm.user.pw_dir))
     for backend in ("local", "slurm"):
-        (folder / f"{backend}.yaml").write_text(CONFIG.format(backend=backend, more=""))
+        (folder / f"{backend}.yaml").write_text(config(backend))
     os.chown(folder, slurm.user.pw_uid, slurm.user.pw_gid)
     yield folder
     slurm.run("scancel", "-u", USER)
@@ -41,7 +41,7 @@ def expected(slurm: Slurm) -> list[Any]:
     """The front of the same search by the local backend."""
     home = Path(tempfile.mkdtemp(prefix="local-", dir=slurm.user.pw_dir))
     os.chown(home, slurm.user.pw_uid, slurm.user.pw_gid)
-    (home / "local.yaml").write_text(CONFIG.format(backend="local", more=""))
+    (home / "local.yaml").write_text(config("local"))
     code, _, err = lemonade(slurm, home, "search", "local.yaml", "--run", "local")
     assert code == 0, err
     found = front(slurm, home, "local")

@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "end_to_end")]
 
 import harness  # noqa: E402
-from runs import CONFIG, LEMONADE, front, lemonade, running, start  # noqa: E402
+from runs import LEMONADE, config, front, lemonade, running, start  # noqa: E402
 
 from lemonade_hpc import files  # noqa: E402
 from lemonade_hpc.run import owner  # noqa: E402
@@ -103,8 +103,7 @@ def kills(slurm: Slurm, record: Record, wanted: dict[str, int], children: int) -
         return
     home = new_home(slurm)
     for backend in ("local", "slurm"):
-        text = CONFIG.format(backend=backend, more=", coordinator_mem_gb: 1")
-        (home / f"{backend}.yaml").write_text(text.replace("children: 24", f"children: {children}"))
+        (home / f"{backend}.yaml").write_text(config(backend, {"children": children}, coordinator_mem_gb=1))
     code, _, err = lemonade(slurm, home, "search", "local.yaml", "--run", "undisturbed", timeout_s=RUN_S)
     assert code == 0, err
     expected = front(slurm, home, "undisturbed")

@@ -8,18 +8,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from slurm import Slurm, wait_for
 
 LEMONADE = (sys.executable, "-m", "lemonade_hpc.cli")
-CONFIG = """
-data: {{name: digits}}
-objectives: [{{name: val_error}}, {{name: params, min: 100, max: 30000}}]
-search: {{mode: generational, children: 24, proposals: 20, accepted: 8}}
-training: {{initial_epochs: 3, epochs: 1}}
-cluster:
-  {{backend: {backend}, workers: 4, device: cpu, mem_gb: 1, time_min: 10, status_s: 1, submit_s: 1, poll_s: 0.1,
-    stale_s: 0{more}}}
-"""
+CONFIG: dict[str, Any] = {
+    "data": {"name": "digits"},
+    "objectives": [{"name": "val_error"}, {"name": "params", "min": 100, "max": 30000}],
+    "search": {"mode": "generational", "children": 24, "proposals": 20, "accepted": 8},
+    "training": {"initial_epochs": 3, "epochs": 1},
+    "cluster": {
+        "workers": 4, "device": "cpu", "mem_gb": 1, "time_min": 10, "status_s": 1, "submit_s": 1, "poll_s": 0.1,
+        "stale_s": 0,
+    },
+}  # fmt: skip
+
+
+def config(backend: str, search: dict[str, Any] | None = None, **cluster: Any) -> str:
+    """CONFIG for a backend with some keys changed, as YAML."""
+    changes = {
+        "search": CONFIG["search"] | (search or {}),
+        "cluster": CONFIG["cluster"] | cluster | {"backend": backend},
+    }
+    return yaml.safe_dump(CONFIG | changes)
 
 
 def start(slurm: Slurm, home: Path, *command: str) -> subprocess.Popen[str]:

@@ -19,7 +19,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import CONFIG, LEMONADE, begun, ended, finished, front, lemonade, running, start  # noqa: E402
+from runs import LEMONADE, begun, config, ended, finished, front, lemonade, running, start  # noqa: E402
 
 from lemonade_hpc import data  # noqa: E402
 from lemonade_hpc.config import Data  # noqa: E402
@@ -39,8 +39,7 @@ def slurm() -> Iterator[Slurm]:
 
 def settings(home: Path, name: str = "slurm.yaml", **cluster: Any) -> dict[str, Any]:
     """The configuration of all runs here with other keys of `cluster`, written to a file."""
-    content: dict[str, Any] = yaml.safe_load(CONFIG.format(backend="slurm", more=""))
-    content["cluster"] |= cluster
+    content: dict[str, Any] = yaml.safe_load(config("slurm", **cluster))
     (home / name).write_text(yaml.safe_dump(content))
     return content
 
@@ -230,14 +229,17 @@ def test_children_that_need_more_time_than_a_worker_has_or_crash_or_flood_their_
 # ---------------------------------------------------------------- preemption (8)
 
 
-def preempted(slurm: Slurm, home: Path, expected: list[Any], search: subprocess.Popen[str], moment: str) -> None:
-    """Take all four nodes away for a moment when something happens on each."""
+def preempted(
+    slurm: Slurm, home: Path, expected: list[Any], search: subprocess.Popen[str], moment: str
+) -> dict[str, Any]:
+    """Take all four nodes away for a moment when something happens on each; the status at the end."""
     wait_for(f"{moment} on every node", lambda: len(list(home.glob(f"{moment}-*"))) == len(NODES))
     slurm.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 1", "--output=/dev/null")
     ended(search)
     assert len(finished(slurm, home, expected)) > 2
     shown = sound(slurm, home)
     assert shown["nodes_excluded"] == {} and shown["attempts_lost"]["crash"] == 0
+    return shown
 
 
 def test_preemption_while_workers_and_trainers_are_being_imported(
@@ -246,7 +248,8 @@ def test_preemption_while_workers_and_trainers_are_being_imported(
     wait = "if (supervisor if node in ('n1', 'n2') else trainer) and once(f'import-{node}'):\n    time.sleep(60)"
     settings(home, setup=[hook(home, wait)])
     search = start(slurm, home, *LEMONADE, "search", "slurm.yaml", "--run", "run")
-    preempted(slurm, home, expected, search, "import")
+    shown = preempted(slurm, home, expected, search, "import")
+    assert shown["workers_left"]["preempted"] == len(NODES)
 
 
 HALF_A_CHECKPOINT = """

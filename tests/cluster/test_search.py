@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import CONFIG, begun, ended, finished, front, lemonade, running, start  # noqa: E402
+from runs import begun, config, ended, finished, front, lemonade, running, start  # noqa: E402
 
 from slurm import USER, Slurm, wait_for  # noqa: E402
 
@@ -217,7 +217,7 @@ def test_a_submitted_run_is_cancelled_as_a_whole(slurm: Slurm, home: Path) -> No
 
 
 def test_a_partition_that_does_not_exist_is_refused_in_slurms_words(slurm: Slurm, home: Path) -> None:
-    (home / "wrong.yaml").write_text(CONFIG.format(backend="slurm", more=", partition: nosuch"))
+    (home / "wrong.yaml").write_text(config("slurm", partition="nosuch"))
     code, out, err = lemonade(slurm, home, "search", "wrong.yaml", "--run", "wrong")
     assert (code, out) == (2, "")
     assert "cluster: Slurm refuses a worker as these settings describe it" in err and "nosuch" in err

@@ -24,19 +24,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from runs import LEMONADE, config  # noqa: E402
+
 from slurm import NODES, USER, Slurm, cluster, wait_for  # noqa: E402
 
 STALE_S = float(os.environ.get("LEMONADE_STALE_S", "3"))
 PLACES = (*NODES, "login1", "login2", "office")
-LEMONADE = (sys.executable, "-m", "lemonade_hpc.cli")
-CONFIG = """
-data: {{name: digits}}
-objectives: [{{name: val_error}}, {{name: params, min: 100, max: 30000}}]
-search: {{mode: generational, children: 10, proposals: 20, accepted: 5}}
-training: {{initial_epochs: 3, epochs: 1}}
-cluster:
-  {{backend: {backend}, workers: 3, device: cpu, mem_gb: 1, time_min: 30, status_s: 1, submit_s: 1, poll_s: 0.1{more}}}
-"""
+SEARCH = {"children": 10, "accepted": 5}
 WATCH = """
 cd $0
 while sleep 1; do
@@ -100,8 +94,9 @@ def shared() -> Iterator[Cluster]:
     with cluster() as slurm, ExitStack() as stack:
         made = Cluster(slurm, Path(tempfile.mkdtemp(prefix="shared-", dir=slurm.user.pw_dir)))
         stack.callback(shutil.rmtree, made.folder)
-        for backend, more in (("local", ""), ("slurm", f", stale_s: {STALE_S}")):
-            (made.folder / f"{backend}.yaml").write_text(CONFIG.format(backend=backend, more=more))
+        for backend, stale_s in (("local", 0), ("slurm", STALE_S)):
+            text = config(backend, SEARCH, workers=3, time_min=30, stale_s=stale_s)
+            (made.folder / f"{backend}.yaml").write_text(text)
         os.chown(made.folder, slurm.user.pw_uid, slurm.user.pw_gid)
         for seed, name in enumerate(PLACES):
             stack.enter_context(made.place(name, seed))

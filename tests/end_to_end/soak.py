@@ -293,7 +293,11 @@ def live(world: World, settings: Any) -> bool:
     journal = lease.open_epoch(world.run, settings, loaded, loaded.history.reporters(), take_over=False)
     pid = world.pid
     backend = slurm.SlurmBackend(
-        world.run, record.read_identity(world.run)["run"], settings.cluster, lambda text: None, first=journal.epoch == 1
+        world.run,
+        record.read_identity(world.run)["run"],
+        settings.cluster,
+        lambda text: None,
+        at_once=journal.epoch == 1,
     )
     made = coordinator.Coordinator(world.run, settings, loaded.history, journal, backend, doubles.Notes())
     world.coordinator = made

@@ -440,6 +440,15 @@ def test_a_picture_that_cannot_be_written_is_no_failure_of_the_run(copy, lemonad
     assert err.startswith("no picture: ")
 
 
+def test_a_picture_that_cannot_be_drawn_is_no_failure_of_the_run(copy, lemonade, monkeypatch):
+    def broken(*arguments):
+        raise ImportError("libfreetype.so.6")
+
+    monkeypatch.setattr(cli, "_draw", broken)
+    code, out, err = lemonade("search", "quick.yaml")
+    assert (code, err) == (0, "no picture: libfreetype.so.6\n") and "Pareto front, " in out
+
+
 # ---------------------------------------------------------------- reading a run
 
 ROW = {"id", "digest", "parent", "edits", "generation", "objectives", "receipt", "weights"}

@@ -229,12 +229,11 @@ def test_signals_reach_the_coordinator_and_the_job_waits_for_it(run: Path, comma
 
 # ---------------------------------------------------------------- ends
 
+CAPPED = doubles.config(cluster={"max_workers": 1})
 
-def test_a_link_that_stops_for_good_cancels_its_successor(
-    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """But not one that is told to leave, and not a search that is no job."""
-    capped = doubles.config(cluster={"max_workers": 1})
+
+def dying(run: Path) -> doubles.FakeBackend:
+    """Workers that die as soon as they have begun."""
     backend = doubles.FakeBackend(run, lambda task: "hang")
     step = backend.step
 
@@ -243,12 +242,20 @@ def test_a_link_that_stops_for_good_cancels_its_successor(
         backend.workers.clear()
 
     backend.step = step_and_die  # type: ignore[method-assign]
+    return backend
+
+
+def test_a_link_that_stops_for_good_cancels_its_successor(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not one that is told to leave, and not a search that is no job."""
+    backend = dying(run)
     with pytest.raises(Halted):
-        doubles.search(run, capped, backend=backend)
+        doubles.search(run, CAPPED, backend=backend)
     assert commands.calls("scancel") == []
     monkeypatch.setenv(chain.LINK, "1")
     with pytest.raises(Halted):
-        doubles.search(run, capped, backend=backend)
+        doubles.search(run, CAPPED, backend=backend)
     name = f"lemonade-{record.read_identity(run)['run'][:8]}-coordinator"
     assert commands.calls("scancel") == [f"scancel --me --name={name} --state=PENDING"]
     assert record.read_identity(run)["run"]
@@ -397,21 +404,13 @@ def test_scripts_cannot_be_shown_where_slurm_is_not(run: Path, monkeypatch: pyte
 
 
 def test_why_a_run_was_left_is_on_record_until_somebody_goes_on(run: Path, commands: Commands) -> None:
-    capped = doubles.config(cluster={"max_workers": 1})
-    backend = doubles.FakeBackend(run, lambda task: "hang")
-    step = backend.step
-
-    def step_and_die() -> None:
-        step()
-        backend.workers.clear()
-
-    backend.step = step_and_die  # type: ignore[method-assign]
     with pytest.raises(Halted):
-        doubles.search(run, capped, backend=backend)
+        doubles.search(run, CAPPED, backend=dying(run))
     told = status.status(run, lambda who: "gone")
     assert told["state"] == "stopped" and told["why_closed"].startswith("cluster.max_workers: 1 workers have been")
-    doubles.search(run, doubles.config())
-    assert status.status(run, lambda who: "gone")["why_closed"] is None
+    killed(run, 1)
+    told = status.status(run, lambda who: "gone")
+    assert told["state"] == "stopped" and told["why_closed"] is None
 
 
 # ---------------------------------------------------------------- stop

@@ -172,6 +172,22 @@ def test_a_refused_submission_ends_the_run_in_slurms_words(
     made.close()
 
 
+def test_a_partition_that_is_drained_refuses_nobody_for_good(
+    run: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "sbatch: error: Batch job submission failed: Required partition not available (inactive or drain)"
+    monkeypatch.setattr(queue, "run", lambda command, stdin: Answer(1, "", said))
+    slurm.check(cluster())
+    one, notes = backend(run)
+    one.launch(["w0"], [])
+    assert len(notes) == 1 and "inactive or drain" in notes[0]
+
+
+def test_an_sbatch_that_cannot_be_run_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert slurm.refusal("#!/bin/bash") is None
+
+
 # ---------------------------------------------------------------- launches
 
 
@@ -396,7 +412,7 @@ def test_how_a_worker_ended_is_asked_of_slurm(run: Path, queue: Queue, state: st
 
 def test_a_successor_waits_before_its_first_calls(run: Path, queue: Queue) -> None:
     """The coordinator before may have called a moment ago."""
-    one = slurm.SlurmBackend(run, "0123456789abcdef", cluster(), [].append, first=False)
+    one = slurm.SlurmBackend(run, "0123456789abcdef", cluster(), [].append, at_once=False)
     one.adopt("w0", "w0", 0)
     assert one.room() == 0
     turns(one, queue, 59)
