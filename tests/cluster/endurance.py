@@ -38,6 +38,7 @@ from lemonade_hpc.run import owner  # noqa: E402
 from slurm import Slurm, cluster, end_in_good_order, wait_for  # noqa: E402
 
 RUN_S = 1800.0
+DOWN_S = 180.0  # SlurmdTimeout is 20 s; a node whose jobs ended without it was seen to count as down after 43 s
 BUSY, OVER_BARRIER = 0.9, 1.15
 """What C19 must reach: share of time that workers train, and how much more than with a barrier between generations."""
 STATUS_S, SBATCH_S = 60.0, 10.0
@@ -190,7 +191,7 @@ class Down:
     def restart(self, slurm: Slurm) -> None:
         """Start its slurmd again once Slurm has given the node up: sooner, its jobs would be completing for minutes."""
         state = ("sinfo", "-h", "-n", self.node, "-p", "main", "-o", "%T")
-        wait_for("the node counts as down", lambda: "down" in slurm.run(*state))
+        wait_for("the node counts as down", lambda: "down" in slurm.run(*state), DOWN_S)
         slurm.start_node(self.node)
         wait_for("the node is back", lambda: slurm.run(*state).strip() in ("idle", "mixed", "allocated"))
 
