@@ -171,7 +171,7 @@ def show_status(
     from lemonade_hpc.run import queue, record, status
     from lemonade_hpc.view import tables
 
-    judge = queue.PatientJudge()
+    judge, look = queue.Patient(queue.judge), queue.Patient(queue.queued)
     num_validation = record.read_identity(run)["data"]["num_validation"]
     if as_json:
         typer.echo(json.dumps(status.status(run), indent=1))
@@ -179,7 +179,7 @@ def show_status(
     out = tables.console()
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            data = status.status(run, judge)
+            data = status.status(run, judge, look)
             if watch:
                 out.clear()
             out.print(tables.status_view(data, num_validation))

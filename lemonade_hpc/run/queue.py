@@ -6,26 +6,28 @@ launch it belongs to. Each command may be missing or fail, and a failed query sa
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import subprocess
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lemonade_hpc.run import owner
 
 Place = tuple[str, int]
 """The first worker of a launch, and the index of a task of its array."""
 
+Told = TypeVar("Told")
+
 COORDINATOR = "coordinator"
 """Stands in a job's name where a worker's has its launch."""
 IN_FULL = {"SLURM_BITSTR_LEN": "0"}
 """Else a list of tasks ends after 64 characters."""
+LIST = ("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r|%N")
 QUERY_TIMEOUT_S = 20.0
-JUDGED_FOR_S = 60.0
+PATIENT_S = 60.0
 UNKNOWN_NODES = ("(null)", "None assigned")
 ENDED = frozenset({
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
@@ -68,13 +70,13 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
 
     sacct is asked too after `wanted` jobs that the queue has forgotten. It may not know yet of jobs just submitted.
     """
-    answer = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r|%N")
+    answer = ask(*LIST)
     if answer is not None:
-        queued = _named(run_id, wanted, (line.split("|") for line in answer.splitlines()))
+        there = _named(run_id, wanted, (line.split("|") for line in answer.splitlines()))
     else:
         answer = ask("scontrol", "show", "job", "--oneliner")
-        queued = _named(run_id, wanted, map(_told_by_scontrol, (answer or "").splitlines()))
-    found = queued[0] | queued[1]
+        there = _named(run_id, wanted, map(_told_by_scontrol, (answer or "").splitlines()))
+    found = there[0] | there[1]
     if answer is None or not found.keys() >= set(wanted):
         name = ",".join(sorted({prefix(run_id) + launch for launch, _ in wanted}))
         past = ask("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", name, "-o", "JobID,JobName,State,NodeList")
@@ -82,8 +84,19 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
             return None
         rows = [row for row in map(_told_by_sacct, (past or "").splitlines()) if _is_due(row, answer is not None)]
         known = _named(run_id, wanted, rows)
-        found = known[0] | queued[0] | known[1] | queued[1]
+        found = known[0] | there[0] | known[1] | there[1]
     return Answer(found, answer is not None)
+
+
+def queued(run_id: str) -> tuple[dict[Place, Job], list[Job]] | None:
+    """What squeue alone says of a run: its workers' jobs, and its coordinators' that have not ended."""
+    answer = ask(*LIST)
+    if answer is None:
+        return None
+    rows = [line.split("|") for line in answer.splitlines()]
+    together, alone = _named(run_id, (), rows)
+    jobs = (Job(id, *rest) for id, name, *rest in rows if name == prefix(run_id) + COORDINATOR)
+    return together | alone, [job for job in jobs if job.state not in ENDED]
 
 
 def judge(who: dict[str, Any]) -> owner.Verdict:
@@ -95,19 +108,19 @@ def judge(who: dict[str, Any]) -> owner.Verdict:
     return verdict
 
 
-class PatientJudge:
-    """`judge` for somebody who asks again and again: Slurm is asked once a minute."""
+class Patient(Generic[Told]):
+    """A question to Slurm for somebody who asks again and again: what was said holds for a minute."""
 
-    def __init__(self) -> None:
-        self._said: dict[str, tuple[float, owner.Verdict]] = {}
+    def __init__(self, question: Callable[[Any], Told]) -> None:
+        self._question = question
+        self._said: dict[str, tuple[float, Told]] = {}
 
-    def __call__(self, who: dict[str, Any]) -> owner.Verdict:
-        """Whether a coordinator lives, as far as has been known for less than a minute."""
-        asked_at, verdict = self._said.get(repr(who), (-math.inf, "unknown"))
-        if time.monotonic() - asked_at >= JUDGED_FOR_S:
-            verdict = judge(who)
-            self._said[repr(who)] = (time.monotonic(), verdict)
-        return verdict
+    def __call__(self, about: Any) -> Told:
+        """What was said of it less than a minute ago, or is said now."""
+        said = self._said.get(repr(about))
+        if said is None or time.monotonic() - said[0] >= PATIENT_S:
+            said = self._said[repr(about)] = (time.monotonic(), self._question(about))
+        return said[1]
 
 
 def job_has_ended(job: str) -> bool | None:

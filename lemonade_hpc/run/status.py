@@ -20,6 +20,7 @@ from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search.evolution import Problem
 
 Judge = Callable[[dict[str, Any]], owner.Verdict]
+Look = Callable[[str], tuple[dict[queue.Place, queue.Job], list[queue.Job]] | None]
 NUM_FAILURES = 10
 LOOK_S = 0.5
 """Time between looks at what may be late."""
@@ -82,16 +83,22 @@ def front(history: History) -> list[dict[str, Any]]:
     return sorted(members, key=lambda member: (member["objectives"][fixed.cheap[0]], member["id"]))
 
 
-def status(run: Path, judge: Judge = queue.judge) -> dict[str, Any]:
-    """Everything `status` shows; `judge` tells whether a coordinator lives."""
+def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> dict[str, Any]:
+    """Everything `status` shows; `judge` tells whether a coordinator lives, `look` what of a run is in the queue."""
     content, fixed, loaded = read(run)
     history = loaded.history
     state = history.state
-    workers = [_worker(run, name) for name in sorted(history.workers)]
+    on_slurm = fixed.config.cluster.backend == "slurm" and history.complete is None
+    jobs, coordinators = (look(content["run"]) if on_slurm else None) or ({}, None)
+    workers = [_worker(run, name, jobs.get((one.launch, one.place))) for name, one in sorted(history.workers.items())]
+    logs = sorted((run / files.SLURM).glob("coordinator-*.log"), key=lambda path: path.stat().st_mtime)
     return {
         "run": content["run"],
         "state": _life(run, history, judge),
         "why_closed": history.why_closed if history.complete is None else None,
+        "stopping": any((run / files.stop_order(number)).stat().st_size > 0 for number in files.epochs(run)[-1:]),
+        "coordinators": None if coordinators is None else [vars(job) for job in coordinators],
+        "log": str(logs[-1]) if logs else None,
         "warnings": list(loaded.warnings),
         "data": {
             "name": content["config"]["data"]["name"],
@@ -168,13 +175,14 @@ def _usage(history: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
     return {"unit": history.unit, **{name: round(seconds / 3600, 4) for name, seconds in hours.items()}}
 
 
-def _worker(run: Path, name: str) -> dict[str, Any]:
-    """What a worker has said of itself."""
+def _worker(run: Path, name: str, job: queue.Job | None) -> dict[str, Any]:
+    """What a worker has said of itself, and the queue of its job."""
     worker = WorkerHandle(run, None, name)
     worker.hear()
     return {
         "name": name,
         "node": worker.node,
+        "job": vars(job) if job else None,
         "device": worker.device,
         "doing": worker.doing,
         "lived_s": worker.lived_s,

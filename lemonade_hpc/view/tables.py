@@ -7,6 +7,7 @@ it is shown. Nothing printed is taken for markup: paths and error messages hold 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
@@ -135,7 +136,7 @@ def summary(data: Mapping[str, Any]) -> str:
     """Write three lines on a run, `run.status.status` as given: data, children and hypervolume."""
     children, images = data["children"], data["data"]
     total = max(children["budget"] + children["initial"], children["asked"])
-    waiting = "in flight" if data["state"].startswith("running") else "to be trained again"
+    waiting = "in flight" if data["state"].startswith("running") else "still to be trained"
     open_ = f", {children['in_flight']} {waiting}" if children["in_flight"] else ""
     return (
         f"{images['name']}: {images['num_train']:,} images to train on, {images['num_validation']:,} for validation, "
@@ -155,12 +156,37 @@ def usage_text(usage: Mapping[str, Any]) -> str:
     return f"{usage['unit']}: {spent} spent, {wasted} of them wasted on attempts that were lost, {idle} idle"
 
 
+def _life_text(data: Mapping[str, Any]) -> str:
+    """Whether it runs, why not, and how it goes on."""
+    state, jobs = data["state"], data["coordinators"] or []
+    if state == "complete" or state.startswith("failed"):
+        return str(state)
+    waiting = [f"job {job['id']} ({job['reason']})" for job in jobs if job["state"] == "PENDING"]
+    if state.startswith("running"):
+        if data["stopping"]:
+            return f"{state}, which ends what is in training and stops"
+        lonely = "\nno successor is in the queue: once the coordinator's job has ended, submit again"
+        return str(state) + (lonely if jobs and not waiting else "")
+    why = f": {data['why_closed']}" if state == "stopped" and data["why_closed"] else ""
+    if waiting:
+        follows = f"; a coordinator waits in the queue: {', '.join(waiting)}"
+    elif jobs:
+        follows = f"; a coordinator has just begun: job {jobs[0]['id']}"
+    else:
+        follows = "; the same command goes on" if state == "stopped" else ""
+    log = f"\nits coordinator's last log: {data['log']}" if data["log"] and not why else ""
+    return f"{state}{why}{follows}{log}"
+
+
+def _waiting_text(worker: Mapping[str, Any]) -> str:
+    """What a worker that was never heard of does, as far as is known."""
+    job = worker["job"]
+    return f"in the queue ({job['reason']})" if job and job["state"] == "PENDING" else str(worker["doing"])
+
+
 def status_view(data: Mapping[str, Any], num_validation: int) -> RenderableType:
     """Show all of `run.status.status` on a terminal."""
-    state = data["state"]
-    why = f": {data['why_closed']}" if state == "stopped" and data["why_closed"] else ""
-    advice = "; the same command goes on" if state == "stopped" else ""
-    parts: list[RenderableType] = [Text(state + why + advice, style="bold"), Text(summary(data))]
+    parts: list[RenderableType] = [Text(_life_text(data), style="bold"), Text(summary(data))]
     lost = {kind: count for kind, count in data["attempts_lost"].items() if count and kind != "stopped"}
     if lost:
         parts.append(Text("attempts lost: " + ", ".join(f"{LOSSES[kind]} {count}" for kind, count in lost.items())))
@@ -169,10 +195,11 @@ def status_view(data: Mapping[str, Any], num_validation: int) -> RenderableType:
     parts.append(Text(usage_text(data["usage"])))
     parts += [Text(f"node {node} is excluded: {why}", style="yellow") for node, why in data["nodes_excluded"].items()]
     parts += [Text(f"warning: {text}", style="yellow") for text in data["warnings"]]
-    for worker in sorted(data["workers"], key=lambda one: (one["node"] or "", one["name"])):
-        where = f" on {worker['node']}" if worker["node"] else ""
+    unseen = Counter(_waiting_text(worker) for worker in data["workers"] if worker["node"] is None)
+    parts += [Text(f"workers not at work yet: {count} {what}") for what, count in unseen.items()]
+    for worker in sorted((one for one in data["workers"] if one["node"]), key=lambda one: (one["node"], one["name"])):
         device = f" ({worker['device']})" if worker["device"] else ""
-        parts.append(Text(f"worker {worker['name']}{where}{device}: {worker['doing']}"))
+        parts.append(Text(f"worker {worker['name']} on {worker['node']}{device}: {worker['doing']}"))
     failures = data["failures"]
     if len(failures) < data["children"]["failed"]:
         parts.append(Text(f"the last {len(failures)} of {data['children']['failed']} failed children:", style="red"))

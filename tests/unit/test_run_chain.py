@@ -378,8 +378,7 @@ def test_what_is_known_of_the_process_needs_no_slurm(commands: Commands, monkeyp
 def test_who_asks_again_and_again_asks_slurm_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now, said = [0.0], iter(["alive", "gone"])
     monkeypatch.setattr(queue, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
-    monkeypatch.setattr(queue, "judge", lambda who: next(said))
-    patient = queue.PatientJudge()
+    patient = queue.Patient(lambda who: next(said))
     for now[0] in (0.0, 2.0, 59.0):
         assert patient({"pid": 1}) == "alive"
     now[0] = 61.0
@@ -401,6 +400,23 @@ def test_scripts_cannot_be_shown_where_slurm_is_not(run: Path, monkeypatch: pyte
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="sbatch, squeue, scancel, srun cannot be found here"):
         session.submission(settings(), run)
+
+
+def test_the_status_shows_what_waits_in_the_queue_of_a_run_that_is_not_complete(run: Path, commands: Commands) -> None:
+    with pytest.raises(Halted):
+        doubles.search(run, settings(max_workers=1), backend=dying(run))
+    id = record.read_identity(run)["run"]
+    (run / files.SLURM).mkdir()
+    (run / files.SLURM / "coordinator-8.log").touch()
+    name = chain.job_name(id)
+    commands.say("squeue", f"9|{name}|PENDING|Dependency|\n8|{name}|FAILED|NonZeroExitCode|n1\n7|x|RUNNING|None|n2\n")
+    told = status.status(run, lambda who: "gone")
+    assert told["coordinators"] == [{"id": "9", "state": "PENDING", "reason": "Dependency", "node": ""}]
+    assert told["log"] == str(run / files.SLURM / "coordinator-8.log") and not told["stopping"]
+    (run / files.stop_order(1)).write_bytes(b".")
+    commands.fail("squeue")
+    told = status.status(run, lambda who: "alive")
+    assert told["coordinators"] is None and told["stopping"]
 
 
 def test_why_a_run_was_left_is_on_record_until_somebody_goes_on(run: Path, commands: Commands) -> None:

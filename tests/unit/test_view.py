@@ -164,6 +164,10 @@ def test_the_front_of_a_search_is_ordered_and_complete(objectives):
     assert [m["objectives"][cheap] for m in members] == sorted(m["objectives"][cheap] for m in members)
 
 
+def job(id, state="PENDING", why="None"):
+    return {"id": id, "state": state, "reason": why, "node": ""}
+
+
 def told(**changed):
     history = searched(failed=(5, 6))
     state = history.state
@@ -171,6 +175,9 @@ def told(**changed):
         "state": "complete",
         "warnings": [],
         "why_closed": None,
+        "stopping": False,
+        "coordinators": None,
+        "log": None,
         "data": {"name": "digits", "num_train": 1097, "num_validation": 350, "num_test": 350},
         "children": {
             "budget": 12,
@@ -203,7 +210,7 @@ def test_the_status_tells_failures_with_reasons():
 
 
 @pytest.mark.parametrize(
-    ("state", "words"), [("running: process 1", "2 in flight"), ("stopped", "2 to be trained again")]
+    ("state", "words"), [("running: process 1", "2 in flight"), ("stopped", "2 still to be trained")]
 )
 def test_what_is_not_done_is_in_flight_only_while_somebody_is_at_it(state, words):
     children = told()["children"] | {"committed": 14, "in_flight": 2, "failed": 0}
@@ -223,8 +230,12 @@ def test_the_status_tells_what_is_lost_cut_off_or_damaged_and_how_to_go_on():
         "workers_left": {"preempted": 3, "idle": 1},
         "nodes_excluded": {"n7": "three came to grief there"},
         "workers": [
-            {"name": "e1w00", "node": "node7", "device": "cpu", "doing": "child 3, epoch 2"},
-            {"name": "e1w01", "node": None, "device": None, "doing": "starting"},
+            {"name": "e1w00", "node": "node7", "device": "cpu", "doing": "child 3, epoch 2", "job": None},
+            {"name": "e1w01", "node": None, "device": None, "doing": "starting", "job": None},
+            *(
+                {"name": f"e1w{k}", "node": None, "device": None, "doing": "starting", "job": job("9_1", why=why)}
+                for k, why in ((2, "Priority"), (3, "Resources"), (4, "Priority"))
+            ),
         ],
         "failures": told()["failures"][1:],
     }
@@ -237,10 +248,41 @@ def test_the_status_tells_what_is_lost_cut_off_or_damaged_and_how_to_go_on():
         "node n7 is excluded: three came to grief there",
         "warning: [/journal] damaged",
         "worker e1w00 on node7 (cpu): child 3, epoch 2",
-        "worker e1w01: starting",
+        "workers not at work yet: 1 starting",
+        "workers not at work yet: 2 in the queue (Priority)",
+        "workers not at work yet: 1 in the queue (Resources)",
         "the last 1 of 2 failed children:",
     ):
         assert expected in lines
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"state": "running: job 8"}, ["running: job 8"]),
+        ({"state": "running: job 8", "stopping": True}, ["running: job 8, which ends what is in training and stops"]),
+        (
+            {"state": "running: job 8", "coordinators": [job("8", "RUNNING")]},
+            ["running: job 8", "no successor is in the queue: once the coordinator's job has ended, submit again"],
+        ),
+        ({"state": "running: job 8", "coordinators": [job("8", "RUNNING"), job("9")]}, ["running: job 8"]),
+        (
+            {"state": "stopped", "coordinators": [job("9", why="Priority")], "log": "run/slurm/coordinator-8.log"},
+            [
+                "stopped; a coordinator waits in the queue: job 9 (Priority)",
+                "its coordinator's last log: run/slurm/coordinator-8.log",
+            ],
+        ),
+        ({"state": "not started", "coordinators": [job("9", "RUNNING"), job("10")][:1]},
+         ["not started; a coordinator has just begun: job 9"]),
+        ({"state": "stopped", "why_closed": "stopped by SIGUSR1", "log": "a.log"},
+         ["stopped: stopped by SIGUSR1; the same command goes on"]),
+        ({"state": "complete", "log": "a.log"}, ["complete"]),
+    ],
+)  # fmt: skip
+def test_the_status_tells_who_goes_on(changed, expected):
+    lines = shown(tables.status_view(told(**changed), 350))
+    assert lines[: len(expected)] == expected and lines[len(expected)].startswith("digits: ")
 
 
 def test_checks_show_what_they_found_brackets_included():
