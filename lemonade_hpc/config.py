@@ -172,7 +172,9 @@ class Cluster(_Section):
     time_min: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = Field(
         240, description="slurm: time limit of a worker; a child that would not end in time goes on in another"
     )
-    gpus_per_worker: Count = Field(1, description="slurm: asked for as gres gpu:N")
+    gpus_per_worker: Count | None = Field(
+        None, description="slurm: asked for as gres gpu:N; by default 1, or none with device: cpu"
+    )
     mem_gb: Annotated[Real, Field(gt=0)] = Field(16.0, description="slurm: memory of a worker")
     partition: str | None = Field(None, description="slurm, like the next ones: as sbatch takes it")
     account: str | None = None
@@ -204,6 +206,11 @@ class Cluster(_Section):
     stale_s: Annotated[Real, Field(ge=0)] | None = Field(
         None, description="how late a node may see other nodes' files; slurm: 60, as on NFS; 0 on Lustre or GPFS"
     )
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that a worker is to have, where `gres` does not say it."""
+        return int(self.device != "cpu") if self.gpus_per_worker is None else self.gpus_per_worker
 
 
 class Storage(_Section):

@@ -62,6 +62,9 @@ class Backend(Protocol):
     def alive(self, name: str) -> bool:
         """Whether a worker may still report."""
 
+    def seen(self, name: str) -> bool:
+        """Whether the job of a worker that was adopted was seen to wait or to run since."""
+
     def ended(self, name: str) -> str | None:
         """How a worker ended that is gone, in a word or two; None where that may be known later."""
 
@@ -106,6 +109,9 @@ class InlineBackend:
 
     def alive(self, name: str) -> bool:  # noqa: D102
         return name in self._workers
+
+    def seen(self, name: str) -> bool:  # noqa: D102
+        return False
 
     def ended(self, name: str) -> str | None:  # noqa: D102
         return DIED
@@ -191,6 +197,9 @@ class LocalBackend:
         if name in self._jobs:
             return bool(self._jobs[name].get_info()["jobState"] == "RUNNING")
         return name in self._known and owner.judge(self._known[name]) == "alive"
+
+    def seen(self, name: str) -> bool:  # noqa: D102
+        return False
 
     def ended(self, name: str) -> str | None:  # noqa: D102
         return DIED

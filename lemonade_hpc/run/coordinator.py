@@ -330,19 +330,23 @@ class Coordinator:
     def close(self) -> None:
         """Leave in good order: workers that end with this session are stopped, what they still report is committed.
 
-        What cannot be written any more (a full disk) is found again by the next coordinator. One that is here already
-        has taken over the workers too: they are left alone.
+        That it has closed its journal is the last thing it says: from then on the run is free. What cannot be written
+        any more (a full disk) is found again by the next coordinator. One that is here already has taken over the
+        workers too: they are left alone.
         """
-        if not self._ledger.superseded():
+        with contextlib.suppress(Superseded):
+            self._check_lease()
             if not self._backend.lasting or self.history.complete is not None:
                 self._crew.stop()
             with contextlib.suppress(OSError, RunFailed):
                 self._commit()
-                self._ledger.record({"event": "closed", "why": self.why})
                 self._ledger.write()
-        if not self._ledger.superseded():
+            self._ledger.check()
             self._backend.close()
             for path in leftovers.jobs(self.run, self._launches()):
                 files.remove(path)
+            with contextlib.suppress(OSError):
+                self._ledger.record({"event": lease.CLOSED, "why": self.why})
+                self._ledger.write()
         self._crew.close()
         self._ledger.close()

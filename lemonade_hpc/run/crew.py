@@ -139,7 +139,7 @@ class Crew:
             kind = "stopped"
             if key in handle.started and handle.said_bye == worker.TIME_OVER:
                 kind = "walltime"
-            elif key in handle.started and handle.said_bye in (None, worker.SIGNALLED):
+            elif key in handle.started and not handle.stopped and handle.said_bye in (None, worker.SIGNALLED):
                 kind = "worker"
             self._lose(handle, key, kind, f"worker {handle.name} is gone")
         handle.stop()
@@ -163,7 +163,7 @@ class Crew:
         elif bye not in (None, worker.TIME_OVER) and abandoned and (bye != worker.SIGNALLED or how == DIED):
             fault = f"worker {name} left its children: {bye}"
         self._part(handle, how, fault)
-        if how == CANCELLED and name not in self._adopted - self._lived:
+        if how == CANCELLED and (name not in self._adopted - self._lived or self._backend.seen(name)):
             self._num_cancelled += 1
             self._observer.note(f"worker {name} was cancelled from outside: no other is started in its place")
         elif how in FATE:
@@ -278,6 +278,8 @@ class Crew:
             self._observer.note(str(error))
             for name in names:
                 self._end(self.handles[name], record.NOT_STARTED)
+                for path in (files.assigned_log(epoch, name), files.done_log(name)):
+                    files.remove((self._run / path).parent)
 
     def _wanted(self) -> int:
         """How many workers there may be now; raises Halted where there can be none any more."""

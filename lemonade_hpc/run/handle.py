@@ -37,7 +37,8 @@ class WorkerHandle:
         self.device: str | None = None
         self.trouble = ""
         """Why it cannot start training."""
-        self._stopped = False
+        self.stopped = False
+        """Whether it was told to leave."""
         self.present = False
         """Whether it has been heard of: one that still waits for a machine may do so for hours."""
         self.doing = "starting"
@@ -84,9 +85,9 @@ class WorkerHandle:
             self._mailbox.append([message])
 
     def stop(self) -> None:
-        """Tell it to leave at once."""
-        if not self._stopped:
-            self._stopped = True
+        """Tell it to leave, once it has saved the child that it has in training."""
+        if not self.stopped:
+            self.stopped = True
             self.tell({"do": "stop"})
 
     def hear(self) -> list[Message]:

@@ -29,6 +29,8 @@ from lemonade_hpc.run.record import Loaded
 QUIET_S = 5.0
 """Longer than between two beats of a coordinator, and than from the last look at a record to the lease."""
 LOOK_S = 0.5
+CLOSED = "closed"
+"""The last event of a coordinator that left in good order."""
 
 
 class Held(ConfigError):  # noqa: N818
@@ -115,18 +117,22 @@ def _prepare(run: Path, aside: Path, number: int, config: Config, loaded: Loaded
     return link
 
 
-def settle(run: Path, stale_s: float | None, note: Callable[[str], None], *, take_over: bool) -> None:
+def settle(
+    run: Path, stale_s: float | None, note: Callable[[str], None], *, take_over: bool, calm_s: float = 0.0
+) -> None:
     """Wait until all that the last coordinator did must be seen here; nothing to wait for if it was on this machine.
 
     On a file system that is up to `stale_s` late, lines that it has committed may not be seen yet, and a journal that
     continues before them would make them void. Only looking on tells whether one on another machine lives: what is seen
-    to change later than all that was done before is its work. Raises Held in that case.
+    to change later than all that was done before is its work. Raises Held in that case. `calm_s`: nobody sits here and
+    waits, and Slurm is not to be asked for so long, for that one may have asked it a moment ago.
     """
     if not _elsewhere(run):
         return
-    check_free(run, take_over=take_over)
+    if not calm_s:
+        check_free(run, take_over=take_over)
     bound_s = files.Patience(files.STALE_S if stale_s is None else stale_s).bound_s
-    quiet_s = 2 * bound_s + QUIET_S
+    quiet_s = max(2 * bound_s + QUIET_S, calm_s)
     note(f"its last coordinator was on another machine: looking on for {quiet_s:.0f} s (by cluster.stale_s) first")
     began = since = time.monotonic()
     seen = _sight(run)
@@ -145,12 +151,17 @@ def _elsewhere(run: Path) -> bool:
     if not numbers:
         return False
     with contextlib.suppress(RecordError):
-        events = [json.loads(body)["event"] for _, body in journal.read(run).epochs[-1][1]]
+        events = _events(run)
         complete = "complete" in events and "asked" not in events[events.index("complete") :]
-        if complete or events[-1] == "closed":
+        if complete or events[-1] == CLOSED:
             return False
         return bool(read_owner(run, numbers[-1]).get("owner", {}).get("host") != owner.identity()["host"])
     return True
+
+
+def _events(run: Path) -> list[str]:
+    """What the newest epoch's coordinator has recorded. Raises RecordError."""
+    return [json.loads(body)["event"] for _, body in journal.read(run).epochs[-1][1]]
 
 
 def _sight(run: Path) -> tuple[int, list[int | None]]:
@@ -166,11 +177,16 @@ def _sight(run: Path) -> tuple[int, list[int | None]]:
 
 
 def check_free(run: Path, *, take_over: bool) -> None:
-    """Raise Held unless the last epoch's owner is gone, or `take_over` says that a person knows it is."""
+    """Raise Held unless the last epoch's owner is gone, or `take_over` says that a person knows it is.
+
+    One that has closed its journal has nothing more to do with the run, wherever it was.
+    """
     numbers = files.epochs(run)
     if not numbers or take_over:
         return
     try:
+        if _events(run)[-1] == CLOSED:
+            return
         who = read_owner(run, numbers[-1])["owner"]
         verdict = queue.judge(who)
     except (RecordError, KeyError) as error:

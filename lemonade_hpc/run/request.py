@@ -26,7 +26,7 @@ def script(cluster: Cluster, name: str, folder: Path) -> str:
 def parameters(cluster: Cluster, name: str, avoid: Collection[str] = ()) -> dict[str, Any]:
     """The arguments of submitit's executor: what is asked of Slurm for one worker."""
     cpus = cluster.cpus_per_worker
-    gpus = f"gpu:{cluster.gpus_per_worker}" if cluster.gpus_per_worker else None
+    gpus = f"gpu:{cluster.gpus}" if cluster.gpus else None
     asked = {
         "cpus_per_task": cpus,
         "mem": f"{int(1024 * cluster.mem_gb)}M",
@@ -55,4 +55,4 @@ def gpus_of(cluster: Cluster) -> int:
     found = re.search(r"\bgpu(?::[^:,]+)??(?::(\d+))?(?:,|$)", cluster.gres or "")
     if found:
         return int(found[1] or 1)
-    return 0 if cluster.gres else cluster.gpus_per_worker
+    return 0 if cluster.gres else cluster.gpus

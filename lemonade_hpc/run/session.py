@@ -50,7 +50,8 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
         journal = None
         while journal is None:
             try:
-                lease.settle(run, config.cluster.stale_s, observer.note, take_over=take_over)
+                calm_s = 0.0 if chain.begun_by_a_person() else config.cluster.status_s
+                lease.settle(run, config.cluster.stale_s, observer.note, take_over=take_over, calm_s=calm_s)
                 loaded = record.load(run, fixed)
                 history = loaded.history
                 if _nothing_to_do(run, loaded):

@@ -41,16 +41,16 @@ def unmet(cluster: Cluster, answer: str) -> str | None:
     if not there:
         return None
     where = f"no node of {f'partition {cluster.partition}' if cluster.partition else 'the default partition'} has"
-    gres = cluster.gres or (f"gpu:{cluster.gpus_per_worker}" if cluster.gpus_per_worker else "")
+    gres = cluster.gres or (f"gpu:{cluster.gpus}" if cluster.gpus else "")
     if "gres" not in cluster.skip and not any(_has(node.gres, gres) for node in there):
-        key, got = ("gres", gres) if cluster.gres else ("gpus_per_worker", cluster.gpus_per_worker)
+        key, got = ("gres", gres) if cluster.gres else ("gpus_per_worker", cluster.gpus)
         return f"cluster.{key}: got {got}, which {where}; there are: {_listed(node.gres for node in there)}"
     cpus = max(node.cpus for node in there)
     if "cpus-per-task" not in cluster.skip and cluster.cpus_per_worker > cpus:
         return f"cluster.cpus_per_worker: got {cluster.cpus_per_worker}, which {where}; the largest has {cpus}"
     memory = max(node.memory for node in there)
     if "mem" not in cluster.skip and 1024 * cluster.mem_gb > memory:
-        return f"cluster.mem_gb: got {cluster.mem_gb:g}, which {where}; the largest has {memory / 1024:.4g}"
+        return f"cluster.mem_gb: got {cluster.mem_gb:g} GB, which {where}; the largest has {memory / 1024:.4g} GB"
     return None
 
 

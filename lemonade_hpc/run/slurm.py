@@ -47,6 +47,8 @@ TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporaril
 """What sbatch says, among other words, where the same call may succeed later, or has succeeded."""
 CROWDED = re.compile(r"\w*(Max|Grp)SubmitJob\w+")
 """What it says, among other words, where its user, account or QOS has as many jobs in the queue as it may."""
+CROWDED_S = 3600.0
+"""How often it is told that this is still so."""
 NODES_MAY_BE_DOWN = "requested node configuration is not available"
 """What `sbatch --test-only` says where sbatch itself would let the job wait, or refuse it in the same words."""
 
@@ -115,6 +117,8 @@ class SlurmBackend:
         self.gpus = gpus_of(cluster)
         self._places: dict[str, queue.Place] = {}
         self._heard_at: dict[str, float] = {}
+        self._seen: set[str] = set()
+        """Workers whose jobs were seen in the queue."""
         self._ended: dict[str, int] = {}
         """How many queries in a row saw a worker's job to have ended, or not at all."""
         self._last_state: dict[str, str] = {}
@@ -123,6 +127,8 @@ class SlurmBackend:
         """MaxArraySize, once Slurm has told it."""
         self._fits: int | None = None
         """The largest array that may be taken, once one was refused for the number of jobs; None: any."""
+        self._crowded_at = -math.inf
+        """When it was last told that there is no room."""
         self._proven = 0
         """The array that would have been taken when last tried; 0: none was tried."""
         self._doomed: list[str] = []
@@ -156,9 +162,12 @@ class SlurmBackend:
             return proven
         if time.monotonic() - self._submitted_at >= self._cluster.status_s:
             self._submitted_at = time.monotonic()
-            text = script(self._cluster, "lemonade-check", Path("."))
-            if CROWDED.search(refusal(text, f"--array=0-{size - 1}") or ""):
+            said = refusal(script(self._cluster, "lemonade-check", Path(".")), f"--array=0-{size - 1}") or ""
+            if CROWDED.search(said):
                 self._fits = max(1, size // 2)
+                if time.monotonic() - self._crowded_at >= CROWDED_S:
+                    self._crowded_at = time.monotonic()
+                    self._note(f"sbatch still takes no more jobs: {said}")
             else:
                 self._proven = size
         return 0
@@ -179,7 +188,7 @@ class SlurmBackend:
             jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
         except FailedJobError as error:
             if CROWDED.search(str(error)):
-                self._fits = max(1, len(names) // 2)
+                self._fits, self._crowded_at = max(1, len(names) // 2), time.monotonic()
                 for name in names:
                     del self._places[name]
                 raise NotNow(f"sbatch takes no {len(names)} more jobs now, so fewer workers run: {error}") from error
@@ -203,6 +212,9 @@ class SlurmBackend:
     def alive(self, name: str) -> bool:
         """Whether it has spoken lately, or its job has not been seen to have ended."""
         return name in self._places and (not self._silent(name) or self._ended.get(name, 0) < CONFIRMATIONS)
+
+    def seen(self, name: str) -> bool:  # noqa: D102
+        return name in self._seen
 
     def _silent(self, name: str, since_s: float | None = None) -> bool:
         limit = SILENT_QUERIES * self._cluster.status_s if since_s is None else since_s
@@ -281,6 +293,7 @@ class SlurmBackend:
             self._ended[name] = self._ended.get(name, 0) + 1
             return
         self._ended[name] = 0
+        self._seen.add(name)
         if name not in self._heard_at:
             self._deliver(name)
 

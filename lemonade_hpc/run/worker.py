@@ -3,10 +3,10 @@
 Decides: what a worker does with an assignment, a crash of its trainer, a signal, the end of its job's time, a
 coordinator that is gone or has a successor. Never decides what is trained or whether a child is tried again: the
 coordinator does. A worker follows the highest epoch; one that finds no mailbox of its own there was given up, and
-leaves. One that must leave by a signal, or for its time, has its child's checkpoint taken first.
+leaves. One that must leave, by a signal, for its time or because it is told to, has its child saved first.
 
 Coordinator to worker: `{"do": "train", ...task}`, `{"do": "revoke", child, attempt}` of one that has not begun, and
-`{"do": "stop"}` at once. Worker to coordinator: `{"say": ...}` with hello, ready, alive, started, epoch, checkpoint,
+`{"do": "stop"}`. Worker to coordinator: `{"say": ...}` with hello, ready, alive, started, epoch, checkpoint,
 outcome, returned, crashed, storage, unfit, bye, each with the seconds since its hello (`at`).
 """
 
@@ -30,8 +30,8 @@ from lemonade_hpc.run.log import LogReader, LogWriter, Message
 from lemonade_hpc.run.trainers import SIGNALS, ProcessTrainer, Trainer
 
 BEAT_S = 5.0
-UNFIT, SIGNALLED, TIME_OVER = "unfit", "signalled", "its time is nearly over"
-"""Why a worker leaves: it cannot start trainers; it was sent a signal; its job ends soon."""
+UNFIT, SIGNALLED, TIME_OVER, TOLD = "unfit", "signalled", "its time is nearly over", "stopped by the coordinator"
+"""Why a worker leaves: it cannot start trainers; it was sent a signal; its job ends soon; it is told to."""
 ORPHAN_S = 60.0
 """A coordinator whose heartbeat stands still for this long is gone. Where files are seen late, four times `stale_s` is
 added: the heartbeat is late, a successor looks on for twice as long before it begins, and is then seen late itself."""
@@ -105,8 +105,7 @@ class Worker:
         if not self._epoch:
             return not self.signalled or self._leave(SIGNALLED)
         for message in self._assigned.poll():
-            if not self._obey(message):
-                return self._leave("stopped by the coordinator")
+            self._obey(message)
         if self._assigned.num_damaged:
             return self._leave("its mailbox is damaged")
         if not self._unfit:
@@ -181,8 +180,7 @@ class Worker:
             self._pulse, self._pulse_at = pulse, now
         return now - self._pulse_at > ORPHAN_S + 4 * (self._stale_s or 0)
 
-    def _obey(self, message: Message) -> bool:
-        """Carry out one message; False for `stop`."""
+    def _obey(self, message: Message) -> None:
         if message["do"] == "train":
             if _key(message) not in self._known:
                 self._known.add(_key(message))
@@ -191,7 +189,8 @@ class Worker:
             for task in [task for task in self._queue if _key(task) == _key(message)]:
                 self._queue.remove(task)
                 self._return(task)
-        return bool(message["do"] != "stop")
+        elif message["do"] == "stop":
+            self._must_leave(TOLD, time.monotonic())
 
     def _return(self, task: Message) -> None:
         self._say("returned", durable=True, child=task["child"], attempt=task["attempt"])

@@ -87,7 +87,7 @@ def outcome(task: Message, run: Path) -> Message:
 
 
 class FakeTrainer:
-    """Answers at once. Words: fail, crash, hang, storage, unfit (dies before it is ready)."""
+    """Answers at once. Words: fail, crash, hang, long (saves when asked), storage, unfit (dies before it is ready)."""
 
     def __init__(self, run: Path, behave: Behave = lambda task: None) -> None:
         self.run, self.behave = run, behave
@@ -95,9 +95,11 @@ class FakeTrainer:
         self.death: str | None = None
         self.killed = False
         self.num_saves = 0
+        self.long: Message | None = None
 
     def send(self, task: Message) -> None:
         word = self.behave(task)
+        self.long = task if word == "long" else None
         if task["parent"] is not None and not (self.run / task["parent"]["weights"]["path"]).exists():
             word = "crash"
         if word == "unfit":
@@ -108,11 +110,14 @@ class FakeTrainer:
             self.messages.append({"storage": f"child {task['child']}: No space left on device"})
         elif word == "fail":
             self.messages.append({key: task[key] for key in ("child", "attempt", "digest")} | {"failure": FAILURE})
-        elif word != "hang":
+        elif word not in ("hang", "long"):
             self.messages += [{"child": task["child"], "epoch": 1}] * PROGRESS + [outcome(task, self.run)]
 
     def save(self) -> None:
         self.num_saves += 1
+        if self.long is not None:
+            key = {name: self.long[name] for name in ("child", "attempt")}
+            self.messages.append(key | {"saved": {"done": 0.5, "epochs": 1.0}})
 
     def wait(self, seconds: float) -> None:
         pass
@@ -143,6 +148,9 @@ class FakeBackend:
 
     def room(self) -> int:
         return 100
+
+    def seen(self, name: str) -> bool:
+        return False
 
     def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
         for name in names:

@@ -268,7 +268,7 @@ def test_a_heartbeat_that_is_seen_late_is_one(begun: Path, clock: Clock, monkeyp
 def running(run: Path) -> tuple[coordinator.Coordinator, doubles.FakeBackend, Message]:
     """A coordinator with one worker, and the first task that it was given."""
     settings = doubles.config(cluster={"stale_s": STALE_S, "workers": 1})
-    backend = doubles.FakeBackend(run, lambda task: "hang")
+    backend = doubles.FakeBackend(run, lambda task: "long")
     made = doubles.start(run, settings, backend)
     for _ in range(3):
         made._turn()
@@ -359,6 +359,17 @@ def test_one_that_was_paused_waits_until_it_must_see_its_successor(run: Path, cl
     made.close()
 
 
+def test_one_that_was_paused_and_is_to_leave_does_so_without_a_word(run: Path, clock: Clock) -> None:
+    made, backend, _ = running(run)
+    unseen = run / files.EPOCHS / "000002"
+    clock.now += BOUND_S + 1
+    clock.then[clock.now + BOUND_S] = lambda: unseen.mkdir()
+    before = [(run / path).read_bytes() for path in files.journals(1)]
+    made.close()
+    assert [(run / path).read_bytes() for path in files.journals(1)] == before
+    assert backend.workers and not backend.closed
+
+
 # ---------------------------------------------------------------- the trainer
 
 
@@ -402,9 +413,9 @@ def move_owner(run: Path) -> None:
     path.write_text(json.dumps(who))
 
 
-def settle(run: Path, stale_s: float | None = STALE_S, *, take_over: bool = True) -> list[str]:
+def settle(run: Path, stale_s: float | None = STALE_S, *, take_over: bool = True, calm_s: float = 0.0) -> list[str]:
     notes: list[str] = []
-    lease.settle(run, stale_s, notes.append, take_over=take_over)
+    lease.settle(run, stale_s, notes.append, take_over=take_over, calm_s=calm_s)
     return notes
 
 
@@ -471,6 +482,27 @@ def test_a_predecessor_is_not_waited_for_where_there_is_no_need(
     clock.slept = 0
     assert settle(left) == [] and clock.slept == 0
     assert settle(left.with_name("none")) == []
+
+
+def test_a_successor_asks_slurm_nothing_for_as_long_as_its_predecessor_would_have_waited(
+    left: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease.queue, "judge", lambda who: pytest.fail("Slurm was asked"))
+    assert len(settle(left, 0, take_over=False, calm_s=60)) == 1 and 60 <= clock.slept < 70
+    clock.slept = 0
+    assert len(settle(left, take_over=False, calm_s=60)) == 1 and clock.slept >= 2 * BOUND_S
+
+
+def test_a_coordinator_elsewhere_that_left_in_good_order_is_followed_without_asking(
+    run: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = doubles.start(run, SETTINGS, doubles.FakeBackend(run))
+    made._turn()
+    made.close()
+    move_owner(run)
+    monkeypatch.setattr(lease.queue, "judge", lambda who: pytest.fail("Slurm was asked"))
+    assert doubles.search(run, SETTINGS).state.complete and clock.slept < BOUND_S
+    doubles.assert_sound(run)
 
 
 def test_a_predecessor_of_which_nothing_can_be_read_yet_is_waited_for(left: Path, clock: Clock) -> None:

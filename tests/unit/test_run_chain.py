@@ -234,7 +234,7 @@ CAPPED = doubles.config(cluster={"max_workers": 1})
 
 def dying(run: Path) -> doubles.FakeBackend:
     """Workers that die as soon as they have begun."""
-    backend = doubles.FakeBackend(run, lambda task: "hang")
+    backend = doubles.FakeBackend(run, lambda task: "long")
     step = backend.step
 
     def step_and_die() -> None:

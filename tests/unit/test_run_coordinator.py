@@ -146,7 +146,7 @@ def test_a_worker_that_still_waits_for_a_machine_holds_no_child_up(run: Path) ->
 def test_a_child_that_waits_behind_another_is_given_to_a_worker_that_is_idle(run: Path) -> None:
     """In generational mode the next generation waits for all: nobody may sit idle beside a queue."""
     settings = doubles.config(cluster={"workers": 2})
-    made = doubles.start(run, settings, doubles.FakeBackend(run, lambda task: "hang" if task["child"] == 5 else None))
+    made = doubles.start(run, settings, doubles.FakeBackend(run, lambda task: "long" if task["child"] == 5 else None))
     for _ in range(60):
         made._turn()
     assert list(made.history.state.in_flight) == [5, 6, 7, 8]  # told in order, so all wait for the first
@@ -209,7 +209,7 @@ def test_a_childs_own_failure_is_not_tried_again(run: Path) -> None:
 def test_a_child_that_has_used_up_its_budget_is_not_tried_by_the_next_coordinator(run: Path, mode: str) -> None:
     """Killed after the last crash is on record and before the failure is: that child 3 is awaited makes the moment."""
     settings = doubles.config(search={"mode": mode})
-    words = {3: "hang", 4: "crash"}
+    words = {3: "long", 4: "crash"}
     made = doubles.start(run, settings, doubles.FakeBackend(run, lambda task: words.get(task["child"])))
     real = made._commit
     made._commit = lambda: real() if lost(run, settings).count((4, "crash")) < 3 else False  # type: ignore[method-assign]
@@ -227,7 +227,7 @@ def test_a_child_that_has_used_up_its_budget_is_not_tried_by_the_next_coordinato
 def test_workers_that_died_with_the_coordinator_before_are_no_misfortune(run: Path) -> None:
     """Else a run of many workers could not go on with few."""
     many = doubles.config(search={"mode": "steady_state"}, cluster={"workers": 16})
-    made = doubles.start(run, many, doubles.FakeBackend(run, lambda task: "hang" if task["child"] > 3 else None))
+    made = doubles.start(run, many, doubles.FakeBackend(run, lambda task: "long" if task["child"] > 3 else None))
     for _ in range(30):
         made._turn()
     assert len(made._crew.handles) == 16
@@ -248,7 +248,7 @@ def test_workers_that_die_are_counted_apart_and_cost_the_child_nothing(run: Path
         tries[task["child"]] += 1
         if task["child"] != 5 or tries[5] > 4:
             return None
-        return "hang" if tries[5] % 2 else "crash"
+        return "long" if tries[5] % 2 else "crash"
 
     backend.behave, step = behave, backend.step
 
@@ -270,7 +270,7 @@ def test_workers_that_die_are_counted_apart_and_cost_the_child_nothing(run: Path
 
 def test_a_child_under_which_workers_die_for_ever_is_given_up(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "MAX_WORKER_LOSSES", 3)
-    backend = doubles.FakeBackend(run, lambda task: "hang" if task["child"] == 5 else None)
+    backend = doubles.FakeBackend(run, lambda task: "long" if task["child"] == 5 else None)
     step = backend.step
 
     def step_and_kill() -> None:
@@ -285,10 +285,13 @@ def test_a_child_under_which_workers_die_for_ever_is_given_up(run: Path, monkeyp
     assert history.failures[0]["failure"]["reason"].startswith("4 attempts ended so; the last one: worker e1w")
 
 
-def test_a_stopped_attempt_counts_nothing(run: Path) -> None:
+@pytest.mark.parametrize("word", ["long", "hang"])
+def test_a_stopped_attempt_counts_nothing(run: Path, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one whose worker was told to leave and could not in time."""
     settings = doubles.config(cluster={"retries": 0})
+    monkeypatch.setattr(crew, "STOP_S", 0.05)
     for _ in range(4):
-        backend = doubles.FakeBackend(run, lambda task: "hang" if task["child"] == 5 else None)
+        backend = doubles.FakeBackend(run, lambda task: word if task["child"] == 5 else None)
         held: list[coordinator.Coordinator] = []
         made = doubles.start(run, settings, backend)
         held.append(made)
@@ -304,7 +307,7 @@ def test_a_stopped_attempt_counts_nothing(run: Path) -> None:
 def test_a_worker_that_leaves_gives_its_children_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doubles.worker, "SAVE_S", 0.05)
     backend = doubles.FakeBackend(
-        run, lambda task: "hang" if task["attempt"] == "e1a1" and task["child"] == 4 else None
+        run, lambda task: "long" if task["attempt"] == "e1a1" and task["child"] == 4 else None
     )
     step = backend.step
 
@@ -326,7 +329,7 @@ def test_a_worker_that_leaves_gives_its_children_back(run: Path, monkeypatch: py
 def test_workers_that_leave_in_a_row_with_nothing_done_end_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody signals each of them: no progress is possible."""
     monkeypatch.setattr(doubles.worker, "SAVE_S", 0.05)
-    backend = doubles.FakeBackend(run, lambda task: "hang")
+    backend = doubles.FakeBackend(run, lambda task: "long")
     step = backend.step
 
     def step_and_signal() -> None:
@@ -438,7 +441,7 @@ def test_storage_trouble_of_a_worker_stops_the_run_and_the_same_call_goes_on(run
 
 
 def test_what_else_a_worker_said_before_its_disk_was_full_is_not_lost(run: Path) -> None:
-    backend = doubles.FakeBackend(run, lambda task: "hang")
+    backend = doubles.FakeBackend(run, lambda task: "long")
     made = doubles.start(run, doubles.config(cluster={"workers": 1}), backend)
     for _ in range(3):
         made._turn()
@@ -456,7 +459,7 @@ def test_what_else_a_worker_said_before_its_disk_was_full_is_not_lost(run: Path)
 
 
 def running(
-    run: Path, settings: Any = SETTINGS, word: str = "hang"
+    run: Path, settings: Any = SETTINGS, word: str = "long"
 ) -> tuple[coordinator.Coordinator, Any, Any, Message]:
     """A coordinator with a worker that has a child in training: both, the handle, and the task."""
     backend = doubles.FakeBackend(run, lambda task: word)
@@ -519,7 +522,7 @@ def test_a_zombies_later_outcome_is_ignored(run: Path) -> None:
 
 
 def test_a_worker_that_was_given_up_is_told_to_leave(run: Path) -> None:
-    made, backend, handle, _ = running(run)
+    made, backend, handle, _ = running(run, word="long")
     zombie = backend.workers.pop(handle.name)
     made._turn()
     assert handle.name not in made._crew.handles
@@ -905,6 +908,7 @@ def test_a_signal_stops_in_good_order(run: Path) -> None:
     made.close()
     assert backend.workers == {} and backend.killed == [] and backend.closed
     assert {kind for _, kind in lost(run)} == {"stopped"}
+    assert {event["done"] for event in doubles.events(run, SETTINGS) if event["event"] == "lost"} == {0.0, 0.5}
     assert doubles.search(run, SETTINGS).state.complete
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from lemonade_hpc import files
 from lemonade_hpc.run import backends, budgets, chain, coordinator, crew, status
+from lemonade_hpc.run.backends import NotNow
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.log import LogWriter, Message
@@ -194,7 +195,7 @@ def test_a_child_that_crashed_where_a_worker_is_idle_waits_for_another_node_in_p
 
     def words(node: str, task: Message) -> str | None:
         if node == "n1" and task["child"] > 3:
-            return "hang"
+            return "long"
         return "crash" if task["child"] == crashing else None
 
     made = doubles.start(run, settings(workers=2), FakeCluster(run, words, num_nodes=2))
@@ -251,7 +252,7 @@ def test_workers_that_end_for_no_fault_of_theirs_are_replaced_and_end_no_run(run
 
 def test_a_worker_whose_end_is_on_record_is_not_asked_after_again(run: Path) -> None:
     """It has reported on a child, which waits for an earlier one; then it died, and later its coordinator."""
-    backend = FakeCluster(run, lambda node, task: "hang" if task["child"] == 4 else None)
+    backend = FakeCluster(run, lambda node, task: "long" if task["child"] == 4 else None)
     made = doubles.start(run, settings(), backend)
     while 5 not in made._arrived:
         made._turn()
@@ -268,7 +269,7 @@ def test_a_worker_whose_end_is_on_record_is_not_asked_after_again(run: Path) -> 
 
 def test_a_worker_whose_end_is_not_known_yet_is_not_replaced(run: Path) -> None:
     """It may have been cancelled by a person. Its children go elsewhere at once."""
-    backend = FakeCluster(run, lambda node, task: "hang")
+    backend = FakeCluster(run, lambda node, task: "long")
     made = doubles.start(run, settings(), backend)
     for _ in range(3):
         made._turn()
@@ -303,7 +304,7 @@ def test_when_every_worker_is_cancelled_the_run_stops_and_can_go_on(run: Path) -
 
 def test_workers_that_were_cancelled_before_a_coordinators_life_are_replaced(run: Path) -> None:
     """`cancel`, and then the same command: it is to go on with as many as before."""
-    backend = FakeCluster(run, lambda node, task: "hang")
+    backend = FakeCluster(run, lambda node, task: "long")
     made = doubles.start(run, settings(), backend)
     for _ in range(3):
         made._turn()
@@ -313,6 +314,36 @@ def test_workers_that_were_cancelled_before_a_coordinators_life_are_replaced(run
     history = doubles.search(run, settings(), backend=after)
     assert history.state.complete and history.departures["cancelled"] == WORKERS
     assert history.num_launched == 2 * WORKERS
+
+
+def test_a_worker_that_has_waited_since_before_and_is_cancelled_now_is_not_replaced(run: Path) -> None:
+    class Waiting(FakeCluster):
+        def seen(self, name: str) -> bool:
+            return name in self.ends
+
+    made = doubles.start(run, settings(), FakeCluster(run, lambda node, task: "long"))
+    for _ in range(3):
+        made._turn()
+    made._ledger.close()
+    after = Waiting(run)
+    after.ends = {"e1w00": "cancelled"}
+    history = doubles.search(run, settings(), backend=after)
+    assert history.state.complete and history.num_launched == 2 * WORKERS - 1
+
+
+def test_a_worker_that_there_is_no_room_for_leaves_no_mailbox(run: Path) -> None:
+    class Full(FakeCluster):
+        num_refused = 0
+
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            if self.num_refused < 2:
+                self.num_refused += 1
+                raise NotNow("no room")
+            super().launch(names, avoid)
+
+    assert doubles.search(run, settings(), backend=Full(run)).state.complete
+    boxes = sorted(path.name for path in (run / files.epoch_folder(1) / "workers").iterdir())
+    assert boxes == sorted(path.name for path in (run / files.WORKERS).iterdir()) and len(boxes) == WORKERS
 
 
 def test_where_no_worker_was_ever_heard_of_the_run_folder_is_asked_after(run: Path) -> None:
@@ -446,7 +477,7 @@ def test_usage_adds_up_over_workers_and_gpus(run: Path) -> None:
 
 def leaving(run: Path, chosen: Any) -> coordinator.Coordinator:
     """One that is stopped by a signal when some children are done, its workers busy."""
-    backend = FakeCluster(run, lambda node, task: "hang" if task["child"] > 7 else None)
+    backend = FakeCluster(run, lambda node, task: "long" if task["child"] > 7 else None)
     made = doubles.start(run, chosen, backend)
     made.stop_signal = None
     while made.history.state.num_committed < 7:
@@ -488,7 +519,7 @@ def test_as_many_children_as_fit_a_workers_time_are_worth_giving(run: Path, wall
 @pytest.mark.parametrize(("wall_s", "expected"), [(0.0, 2), (1e9, 2), (1.0, 3), (0.5, 5), (1e-9, 6)])
 def test_short_children_are_handed_out_by_the_handful(run: Path, wall_s: float, expected: int) -> None:
     """One in training, and as many as it ends in two of the coordinator's turns."""
-    backend = FakeCluster(run, lambda node, task: "hang" if task["child"] > 35 else None)
+    backend = FakeCluster(run, lambda node, task: "long" if task["child"] > 35 else None)
     made = doubles.start(run, settings("steady_state", children=400, poll_s=1.0), backend)
     for _ in range(60):
         made._turn()

@@ -533,7 +533,13 @@ def test_jobs_of_others_are_not_ours(run: Path, queue: Queue) -> None:
 
 def test_settings_of_slurm_have_defaults_that_a_site_takes() -> None:
     settings = configs.from_dict({"data": {"name": "digits"}, "cluster": {"backend": "slurm"}}, "test").cluster
-    assert (settings.time_min, settings.gpus_per_worker, settings.wckey) == (240, 1, None)
+    assert (settings.time_min, settings.gpus, settings.wckey) == (240, 1, None)
+
+
+def test_a_worker_that_is_to_use_the_cpu_asks_for_no_gpu() -> None:
+    for more, expected in ({"device": "cpu"}, 0), ({"device": "cpu", "gpus_per_worker": 2}, 2), ({"device": "cuda"}, 1):
+        asked = request.parameters(cluster(**more), "w").get("gres")
+        assert (request.gpus_of(cluster(**more)), asked) == (expected, f"gpu:{expected}" if expected else None)
 
 
 # ---------------------------------------------------------------- what a site cannot give
@@ -559,7 +565,7 @@ def site_of(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
          "cluster.gpus_per_worker: got 5, which no node of partition fat has; there are: gpu:h100:4"),
         ({"partition": "cpu"}, "cluster.gpus_per_worker: got 1, which no node of partition cpu has; there are: none"),
         ({"cpus_per_worker": 5}, "cluster.cpus_per_worker: got 5, .* the largest has 4"),
-        ({"mem_gb": 9}, "cluster.mem_gb: got 9, .* the largest has 8.789"),
+        ({"mem_gb": 9}, "cluster.mem_gb: got 9 GB, .* the largest has 8.789 GB"),
     ],
 )  # fmt: skip
 def test_what_no_node_has_is_refused_by_its_key(
@@ -574,7 +580,7 @@ def test_what_no_node_has_is_refused_by_its_key(
     "settings",
     [{"gres": "gpu:a100:2"}, {"gres": "gpu:2,shard:8"}, {"gpus_per_worker": 4, "partition": "fat,cpu"},
      {"gpus_per_worker": 9, "cpus_per_worker": 99, "mem_gb": 999, "skip": ("gres", "cpus-per-task", "mem")},
-     {"gres": "gpu:nosuch", "partition": "hidden"}],
+     {"gres": "gpu:nosuch", "partition": "hidden"}, {"partition": "cpu", "device": "cpu"}],
 )  # fmt: skip
 def test_where_some_node_may_do_slurm_is_waited_for(
     queue: Queue, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -590,7 +596,7 @@ LIMIT = {"AssocMaxSubmitJobLimit": 0}
 
 def test_where_the_queue_is_full_fewer_are_submitted_and_tried_seldom(run: Path, queue: Queue) -> None:
     queue.limits = LIMIT
-    one, _ = backend(run, workers=8)
+    one, notes = backend(run, workers=8)
     names = [f"w{k}" for k in range(8)]
     with pytest.raises(NotNow, match=r"takes no 8 more jobs now, so fewer workers run: .*AssocMaxSubmitJobLimit"):
         one.launch(names, [])
@@ -602,6 +608,9 @@ def test_where_the_queue_is_full_fewer_are_submitted_and_tried_seldom(run: Path,
     assert not any(asked)
     tried = [" ".join(command[1:]) for command in queue.calls("sbatch")[1:]]
     assert tried == ["--test-only --array=0-3", "--test-only --array=0-1", *3 * ["--test-only --array=0-0"]]
+    assert notes == []
+    queue.now += slurm.CROWDED_S
+    assert one.room() == 0 and len(notes) == 1 and "still takes no more jobs: " in notes[0] and "AssocMax" in notes[0]
     queue.limits = {}
     for size in (1, 2, 4, 8):
         queue.now += 60

@@ -342,7 +342,7 @@ def test_status_of_a_complete_run(run: Path) -> None:
 
 def test_status_of_a_run_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with doubles.folder() as run:
-        backend = doubles.FakeBackend(run, lambda task: "hang" if task["child"] == 4 else None)
+        backend = doubles.FakeBackend(run, lambda task: "long" if task["child"] == 4 else None)
         made = doubles.start(run, SETTINGS, backend)
         for _ in range(40):
             made._turn()
@@ -415,8 +415,8 @@ def test_a_workers_last_words(tmp_path: Path, messages: list[dict[str, Any]], do
         writer.append(
             [{"say": "hello", "node": "here", "at": 0.0}, {"say": "ready", "device": "cpu", "at": 4.5}, *messages]
         )
-    assert status._worker(tmp_path, "w") == {
-        "name": "w", "node": "here", "device": "cpu", "doing": doing, "lived_s": 4.5, "busy_s": 0.0
+    assert status._worker(tmp_path, "w", None) == {
+        "name": "w", "node": "here", "job": None, "device": "cpu", "doing": doing, "lived_s": 4.5, "busy_s": 0.0
     }  # fmt: skip
 
 

@@ -299,13 +299,22 @@ def bye(desk: Desk) -> str:
     return str(message["reason"])
 
 
-def test_stop_ends_at_once(desk: Desk) -> None:
+def test_stop_has_the_child_saved_first_and_begins_no_other(desk: Desk) -> None:
     desk.words[0] = "hang"
     desk.send(task(0), task(1))
     desk.steps()
     desk.send({"do": "stop"}, task(2))
-    assert not desk.worker.step()
-    assert bye(desk) == "stopped by the coordinator" and desk.trainers[0].killed
+    assert desk.worker.step() and desk.trainers[0].num_saves == 1
+    desk.trainers[0].messages.append(saved(0))
+    assert not desk.worker.step() and desk.trainers[0].killed
+    said = desk.heard("started", "checkpoint", "returned", "bye")
+    assert [one["say"] for one in said] == ["started", "checkpoint", "bye"]
+    assert said[-1]["reason"] == "stopped by the coordinator"
+
+
+def test_stop_ends_a_worker_at_once_that_has_nothing_to_save(desk: Desk) -> None:
+    desk.send({"do": "stop"}, task(0))
+    assert not desk.worker.step() and bye(desk) == "stopped by the coordinator"
 
 
 def test_a_worker_whose_time_is_nearly_over_gives_back_what_it_cannot_finish(desk: Desk) -> None:
@@ -424,15 +433,17 @@ def test_a_trainer_that_is_not_ready_has_nothing_to_save(desk: Desk) -> None:
     assert desk.trainers[0].num_saves == 0
 
 
-def test_stop_is_obeyed_while_a_checkpoint_is_awaited(desk: Desk) -> None:
+def test_who_waits_for_a_checkpoint_waits_no_longer_when_told_to_stop(desk: Desk) -> None:
     desk.words[0] = "hang"
     desk.send(task(0))
     desk.steps()
     desk.worker.signalled = True
     assert desk.worker.step()
+    desk.clock.now += worker.SAVE_S - 1
     desk.send({"do": "stop"})
-    assert not desk.worker.step()
-    assert bye(desk) == "stopped by the coordinator"
+    assert desk.worker.step() and desk.trainers[0].num_saves == 1
+    desk.clock.now += 1
+    assert not desk.worker.step() and bye(desk) == "signalled"
 
 
 def test_a_child_that_its_time_does_not_suffice_for_is_saved_and_given_back(desk: Desk) -> None:
