@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.log import Message
-from lemonade_hpc.run.record import History
 
 MAX_WORKER_LOSSES = 20
 """Workers that may die under one child without progress before it is given up: otherwise not counted against it."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, Config, ConfigError, dump
 from lemonade_hpc.run import queue, record
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.ledger import RunFailed
-from lemonade_hpc.run.record import History
 
 LINK = "LEMONADE_CHAIN"
 """Set in the environment of a coordinator that is such a job: to FIRST where a person has submitted it."""

@@ -15,17 +15,18 @@ from pathlib import Path
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config
-from lemonade_hpc.run import budgets, lease, leftovers, population, record
+from lemonade_hpc.run import budgets, lease, leftovers, population
+from lemonade_hpc.run import history as histories
 from lemonade_hpc.run.backends import Backend
 from lemonade_hpc.run.crew import Crew
 from lemonade_hpc.run.crew import Observer as Observer
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.journal import Journal
 from lemonade_hpc.run.ledger import Halted, Ledger
 from lemonade_hpc.run.ledger import RunFailed as RunFailed
 from lemonade_hpc.run.ledger import Stopped as Stopped
 from lemonade_hpc.run.ledger import Superseded as Superseded
 from lemonade_hpc.run.log import Message
-from lemonade_hpc.run.record import History
 from lemonade_hpc.search import evolution
 
 BEAT_S = 2.0
@@ -210,7 +211,7 @@ class Coordinator:
             after, children = evolution.ask(state, slots, self.history.seen.__contains__)
             if after is state:
                 return
-            self._ledger.record(record.asked(state, after, slots, children))
+            self._ledger.record(histories.asked(state, after, slots, children))
             if not children:
                 self._starved = True
                 self._refuse_starved()

@@ -13,13 +13,14 @@ from typing import Protocol
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster
-from lemonade_hpc.run import budgets, record, worker
+from lemonade_hpc.run import budgets, worker
+from lemonade_hpc.run import history as histories
 from lemonade_hpc.run.backends import CANCELLED, DIED, FATE, Backend, NotNow, Refused
 from lemonade_hpc.run.handle import Key, WorkerHandle
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.journal import Event
 from lemonade_hpc.run.ledger import Halted, Ledger, RunFailed, Stopped
 from lemonade_hpc.run.log import Message
-from lemonade_hpc.run.record import History
 
 STOP_S = 3.0
 """How long workers may take to leave when they are stopped."""
@@ -228,7 +229,7 @@ class Crew:
             if handle is None or len(handle.tasks) >= ahead:
                 continue
             key = (number, f"e{self._ledger.epoch}a{len(history.attempts[number]) + 1}")
-            handle.tasks[key] = record.task(history, *key)
+            handle.tasks[key] = histories.task(history, *key)
             self._ledger.record({"event": "attempt", "child": number, "attempt": key[1], "worker": handle.name})
             chosen[handle].append(key)
         self._ledger.write()
@@ -277,7 +278,7 @@ class Crew:
         except NotNow as error:
             self._observer.note(str(error))
             for name in names:
-                self._end(self.handles[name], record.NOT_STARTED)
+                self._end(self.handles[name], histories.NOT_STARTED)
                 for path in (files.assigned_log(epoch, name), files.done_log(name)):
                     files.remove((self._run / path).parent)
 
@@ -309,7 +310,7 @@ class Crew:
                 if attempt.lost is None:
                     key = (number, attempt.id)
                     handle = self.handles[attempt.worker]
-                    handle.tasks[key] = record.task(history, *key)
+                    handle.tasks[key] = histories.task(history, *key)
         for handle in list(self.handles.values()):
             if handle.tasks:
                 handle.assign(handle.tasks)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lemonade_hpc import files
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.journal import Event, Journal
-from lemonade_hpc.run.record import History
 
 
 class RunFailed(RuntimeError):  # noqa: N818

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lemonade_hpc import files
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.log import Message
-from lemonade_hpc.run.record import History
 
 
 def half_made(run: Path) -> list[Path]:

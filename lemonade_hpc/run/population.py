@@ -12,8 +12,8 @@ from typing import Any
 
 from lemonade_hpc import __version__, files
 from lemonade_hpc.run import record, store
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.journal import Event
-from lemonade_hpc.run.record import History
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
 

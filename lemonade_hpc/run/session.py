@@ -21,8 +21,9 @@ from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
 from lemonade_hpc.run import backends, chain, lease, population, queue, record, request, slurm
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.ledger import Halted, RunFailed
-from lemonade_hpc.run.record import History, Loaded
+from lemonade_hpc.run.record import Loaded
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
 from lemonade_hpc.search.ops import Signature

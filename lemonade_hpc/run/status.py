@@ -12,9 +12,11 @@ from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import from_dict
+from lemonade_hpc.run import history as histories
 from lemonade_hpc.run import lease, owner, population, queue, record
 from lemonade_hpc.run.handle import WorkerHandle
-from lemonade_hpc.run.record import History, Loaded, RecordError
+from lemonade_hpc.run.history import History
+from lemonade_hpc.run.record import Loaded, RecordError
 from lemonade_hpc.search import evolution, morphisms
 from lemonade_hpc.search import graph as graphs
 from lemonade_hpc.search.evolution import Problem
@@ -132,7 +134,7 @@ def children(history: History, run: Path) -> list[dict[str, Any]]:
     on_front = set(history.state.front.numbers)
     found = []
     for row in population.finished(run, history):
-        outcome = record.outcome_of(fixed, row["outcome"])
+        outcome = histories.outcome_of(fixed, row["outcome"])
         if outcome.failure is None:
             values = evolution.vector(fixed, tuple(row["cheap"]), outcome.expensive)
             number = row["number"]

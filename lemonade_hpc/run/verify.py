@@ -15,8 +15,10 @@ import numpy as np
 
 from lemonade_hpc import files
 from lemonade_hpc.run import budgets, journal, population, record, status
+from lemonade_hpc.run import history as histories
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.journal import Event
-from lemonade_hpc.run.record import History, RecordError
+from lemonade_hpc.run.record import RecordError
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
 
@@ -84,7 +86,7 @@ def _decisions(fixed: Problem, events: list[Event]) -> Iterator[str]:
             continue
         if event["event"] == "asked":
             after, children = evolution.ask(history.state, event["n"], history.seen.__contains__)
-            if record.asked(history.state, after, event["n"], children) != event:
+            if histories.asked(history.state, after, event["n"], children) != event:
                 yield f"ask {event['ask']} now gives other children than {[c['number'] for c in event['children']]}"
         history.apply(event)
 
@@ -130,7 +132,7 @@ def _front(history: History, events: list[Event]) -> Iterator[str]:
     """The front is non-dominated, and dominates or equals every valid child; the run's last word agrees with it."""
     fixed, front = history.state.problem, history.state.front
     cheap = {c["number"]: tuple(c["cheap"]) for e in events if e["event"] == "asked" for c in e["children"]}
-    told = [record.outcome_of(fixed, event["outcome"]) for event in events if event["event"] == "committed"]
+    told = [histories.outcome_of(fixed, event["outcome"]) for event in events if event["event"] == "committed"]
     vectors = {o.number: evolution.vector(fixed, cheap[o.number], o.expensive) for o in told if o.failure is None}
     for number, vector in vectors.items():
         as_good = (front.values <= np.array(vector)).all(axis=1)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lemonade_hpc.run import status
-from lemonade_hpc.run.record import History
+from lemonade_hpc.run.history import History
 
 LINE_EVERY_S = 10.0
 SPEED_OVER_S = 3600.0

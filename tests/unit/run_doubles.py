@@ -25,8 +25,8 @@ from lemonade_hpc import files
 from lemonade_hpc.config import Config
 from lemonade_hpc.data import DataSet, Part
 from lemonade_hpc.run import backends, coordinator, crew, lease, owner, record, session, worker
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.log import Message
-from lemonade_hpc.run.record import History
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
 from lemonade_hpc.search.ops import Signature

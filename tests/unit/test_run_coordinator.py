@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import budgets, coordinator, crew, population, record, status
+from lemonade_hpc.run import budgets, coordinator, crew, population, status
+from lemonade_hpc.run import history as histories
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.log import LogWriter, Message
@@ -957,11 +958,11 @@ def test_a_task_holds_what_a_worker_must_know(run: Path) -> None:
     made = doubles.start(run, doubles.config(search={"mode": "steady_state", "children": 20}), doubles.FakeBackend(run))
     made._ask(2)
     number, child = next(iter(made.history.state.in_flight.items()))
-    task = record.task(made.history, number, "e2a1")
+    task = histories.task(made.history, number, "e2a1")
     assert (task["child"], task["attempt"], task["digest"]) == (number, "e2a1", child.digest)
     assert task["epochs"] == [0, made.config.training.epochs]
     assert task["parent"]["weights"] == history.results[child.parent]["weights"]  # type: ignore[index]
-    assert task["graph"] == record.child_to_json(child)["graph"]
+    assert task["graph"] == histories.child_to_json(child)["graph"]
     made.close()
 
 

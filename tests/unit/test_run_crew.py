@@ -15,8 +15,8 @@ from lemonade_hpc.run import backends, budgets, chain, coordinator, crew, status
 from lemonade_hpc.run.backends import NotNow
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.handle import WorkerHandle
+from lemonade_hpc.run.history import Attempt, History
 from lemonade_hpc.run.log import LogWriter, Message
-from lemonade_hpc.run.record import Attempt, History
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 RING = [
-    "coordinator", "worker", "session", "backends", "budgets", "cancel", "chain", "crew", "handle", "journal", "lease",
-    "ledger", "leftovers", "log", "owner", "population", "queue", "record", "request", "site", "slurm", "status",
+    "coordinator", "worker", "session", "backends", "budgets", "cancel", "chain", "crew", "handle", "history", "journal",
+    "lease", "ledger", "leftovers", "log", "owner", "population", "queue", "record", "request", "site", "slurm", "status",
     "store", "trainers", "verify",
 ]  # fmt: skip
 HEAVY = ("torch", "torchvision", "submitit", "sklearn", "matplotlib", "lemonade_hpc.learn")

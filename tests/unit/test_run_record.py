@@ -17,10 +17,11 @@ import pytest
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError
+from lemonade_hpc.run import history as histories
 from lemonade_hpc.run import journal, lease, owner, record, session
+from lemonade_hpc.run.history import History
 from lemonade_hpc.run.journal import Journal, RecordError
 from lemonade_hpc.run.lease import Held
-from lemonade_hpc.run.record import History
 from lemonade_hpc.search import evolution, pareto
 from lemonade_hpc.search.evolution import Child, Outcome, State
 
@@ -46,7 +47,7 @@ def straight(settings: Config, failed: Callable[[int], bool]) -> tuple[list[Stat
     while not state.complete:
         after, children = evolution.ask(state, 3, seen.__contains__)
         if after is not state:
-            events.append(record.asked(state, after, 3, children))
+            events.append(histories.asked(state, after, 3, children))
             seen |= {child.digest for child in children}
         else:
             number = evolution.next_to_tell(state)
@@ -155,7 +156,7 @@ def test_raising_the_budget_ends_completeness() -> None:
         history.apply(event)
     history.apply({"event": "complete"})
     assert history.complete is not None
-    history.apply(record.asked(history.state, history.state, 0, ()))
+    history.apply(histories.asked(history.state, history.state, 0, ()))
     assert history.complete is None
 
 
@@ -182,7 +183,7 @@ def test_a_child_and_its_json_are_the_same_thing() -> None:
     children = [child for state in states for child in state.in_flight.values()]
     assert any(len(child.edits) > 1 for child in children)
     for child in children:
-        assert record.child_from_json(json.loads(files.dumps(record.child_to_json(child)))) == child
+        assert histories.child_from_json(json.loads(files.dumps(histories.child_to_json(child)))) == child
 
 
 # ---------------------------------------------------------------- epochs and journals

@@ -15,8 +15,9 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from lemonade_hpc import config
-from lemonade_hpc.run import record, status
-from lemonade_hpc.run.record import History
+from lemonade_hpc.run import history as histories
+from lemonade_hpc.run import status
+from lemonade_hpc.run.history import History
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.ops import Signature
 from lemonade_hpc.view import figures, progress, tables
@@ -46,7 +47,7 @@ def searched(objectives="params", children=12, asks=None, failed=()):
     while not history.state.complete and asks != 0:
         before = history.state
         after, new = evolution.ask(before, 2, history.seen.__contains__)
-        history.apply(record.asked(before, after, 2, new))
+        history.apply(histories.asked(before, after, 2, new))
         for child in new:
             history.apply({"event": "committed", "outcome": outcome(child, rng, failed)})
         asks = None if asks is None else asks - 1
