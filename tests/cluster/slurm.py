@@ -301,6 +301,10 @@ def _stop(slurm: Slurm) -> None:
     for name in (*NODES, "slurmctld", "slurmdbd", "mariadbd", "munged"):
         if name in slurm.daemons:
             slurm.stop(name)
+    for process in Path("/proc").glob("[0-9]*"):  # jobs of nodes whose slurmd was killed, and what watches over them
+        with suppress(OSError):
+            if f"SLURM_CONF={slurm.environ['SLURM_CONF']}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def end_in_good_order() -> None:

@@ -522,7 +522,7 @@ def test_watching_ends_with_the_run_or_with_ctrl_c(finished, lemonade, monkeypat
 
     lives, slept = iter(["running: process 1", "running: process 1", "complete"]), []
     honest = status.status
-    monkeypatch.setattr(status, "status", lambda run, judge: honest(run) | {"state": next(lives)})
+    monkeypatch.setattr(status, "status", lambda run, judge, look: honest(run) | {"state": next(lives)})
     monkeypatch.setattr(cli.time, "sleep", slept.append)
     code, out, _ = lemonade("status", finished[0], "--watch")
     assert (code, out.count("running: process 1\n"), out.count("complete\n"), len(slept)) == (0, 2, 1, 2)
@@ -530,7 +530,7 @@ def test_watching_ends_with_the_run_or_with_ctrl_c(finished, lemonade, monkeypat
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(status, "status", lambda run, judge: honest(run) | {"state": "stopped"})
+    monkeypatch.setattr(status, "status", lambda run, judge, look: honest(run) | {"state": "stopped"})
     monkeypatch.setattr(cli.time, "sleep", interrupt)
     code, out, err = lemonade("status", finished[0], "--watch")
     assert (code, err) == (0, "")
