@@ -184,9 +184,10 @@ def check_free(run: Path, *, take_over: bool) -> None:
     numbers = files.epochs(run)
     if not numbers or take_over:
         return
-    try:
+    with contextlib.suppress(RecordError):
         if _events(run)[-1] == CLOSED:
             return
+    try:
         who = read_owner(run, numbers[-1])["owner"]
         verdict = queue.judge(who)
     except (RecordError, KeyError) as error:

@@ -19,8 +19,8 @@ CONFIG: dict[str, Any] = {
     "search": {"mode": "generational", "children": 24, "proposals": 20, "accepted": 8},
     "training": {"initial_epochs": 3, "epochs": 1},
     "cluster": {
-        "workers": 4, "device": "cpu", "mem_gb": 1, "time_min": 10, "status_s": 1, "submit_s": 1, "poll_s": 0.1,
-        "stale_s": 0,
+        "workers": 4, "device": "cpu", "gpus_per_worker": 1, "mem_gb": 1, "time_min": 10, "status_s": 1, "submit_s": 1,
+        "poll_s": 0.1, "stale_s": 0,
     },
 }  # fmt: skip
 

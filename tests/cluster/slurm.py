@@ -183,12 +183,29 @@ def wait_for(what: str, test: Callable[[], Any], timeout_s: float = START_S) -> 
 def make_user() -> None:
     """Make the ordinary user; one of that name was left by a process that was killed."""
     remove_user()
-    subprocess.run(["useradd", "--create-home", "--shell", "/bin/bash", USER], check=True, capture_output=True)
+    _change_users(True, "useradd", "--create-home", "--shell", "/bin/bash", USER)
 
 
 def remove_user() -> None:
     """Remove the ordinary user, if there is one."""
-    subprocess.run(["userdel", "--remove", "--force", USER], check=False, capture_output=True)
+    _change_users(False, "userdel", "--remove", "--force", USER)
+
+
+def _change_users(wanted: bool, *command: str) -> None:
+    """Until there is the user, or none. Another one may be changing the list of users, and has locked it."""
+
+    def done() -> bool:
+        with suppress(KeyError):
+            return bool(pwd.getpwnam(USER)) == wanted
+        return not wanted
+
+    def change() -> bool:
+        said = "" if done() else subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        if not done():
+            raise RuntimeError(said)
+        return True
+
+    wait_for(" ".join(command), change)
 
 
 def open_way(*paths: Path) -> dict[Path, int]:

@@ -47,7 +47,7 @@ def torment(config: Path, run: Path, left: int, done: Counter[str], rng: random.
     process = harness.start(config, run)
     kept: dict[int, str] = {}
     while True:
-        time.sleep(rng.uniform(0.2, 4.0))
+        time.sleep(rng.uniform(0.2, 3.0))
         before, kept = kept, harness.committed(run)
         assert before.items() <= kept.items(), f"{run}: outcomes that were committed are gone or others"
         if process.poll() is not None:
