@@ -505,6 +505,17 @@ def test_a_coordinator_elsewhere_that_left_in_good_order_is_followed_without_ask
     doubles.assert_sound(run)
 
 
+def test_a_record_that_is_lost_is_told_as_such_once_it_cannot_be_late(
+    left: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease.queue, "judge", lambda who: "gone")
+    for path in files.journals(1):
+        (left / path).write_bytes(b"?" + (left / path).read_bytes()[1:])
+    with pytest.raises(record.RecordError, match="both copies of the journal have lost their first line"):
+        doubles.search(left, SETTINGS)
+    assert clock.slept >= 2 * BOUND_S
+
+
 def test_a_predecessor_of_which_nothing_can_be_read_yet_is_waited_for(left: Path, clock: Clock) -> None:
     folder = left / files.epoch_folder(1)
     unseen = folder.rename(left / "unseen")
