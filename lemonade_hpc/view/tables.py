@@ -168,10 +168,11 @@ def _life_text(data: Mapping[str, Any]) -> str:
         lonely = "\nno successor is in the queue: once the coordinator's job has ended, submit again"
         return str(state) + (lonely if jobs and not waiting else "")
     why = f": {data['why_closed']}" if state == "stopped" and data["why_closed"] else ""
-    if waiting:
+    begun = [job["id"] for job in jobs if job["state"] == "RUNNING"]
+    if begun:
+        follows = f"; a coordinator is beginning: job {begun[0]}"
+    elif waiting:
         follows = f"; a coordinator waits in the queue: {', '.join(waiting)}"
-    elif jobs:
-        follows = f"; a coordinator has just begun: job {jobs[0]['id']}"
     else:
         follows = "; the same command goes on" if state == "stopped" else ""
     log = f"\nits coordinator's last log: {data['log']}" if data["log"] and not why else ""

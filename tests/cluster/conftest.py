@@ -19,8 +19,9 @@ from slurm import USER, Slurm, cluster, wait_for  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    with cluster() as made:
+def slurm(request: pytest.FixtureRequest) -> Iterator[Slurm]:
+    """What the file's SITE says, if it has one."""
+    with cluster(**getattr(request.module, "SITE", {})) as made:
         yield made
 
 

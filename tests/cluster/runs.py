@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lemonade_hpc.run import budgets, record, status
 from slurm import Slurm, wait_for
 
 LEMONADE = (sys.executable, "-m", "lemonade_hpc.cli")
@@ -81,3 +83,62 @@ def ended(search: subprocess.Popen[str]) -> None:
     """Wait for a search to complete."""
     _, err = search.communicate(timeout=150)
     assert search.returncode == 0, err
+
+
+def settings(home: Path, name: str = "slurm.yaml", **cluster: Any) -> dict[str, Any]:
+    """The configuration of all runs here with other keys of `cluster`, written to a file."""
+    content: dict[str, Any] = yaml.safe_load(config("slurm", **cluster))
+    (home / name).write_text(yaml.safe_dump(content))
+    return content
+
+
+def hook(home: Path, code: str) -> str:
+    """A line of `cluster.setup` that has every Python run this code first, in a trainer (`trainer` holds) or not."""
+    folder = home / "hook"
+    folder.mkdir(exist_ok=True)
+    lines = (
+        "import os, sys, time",
+        "from pathlib import Path",
+        f"home, node = Path({str(home)!r}), os.environ.get('SLURMD_NODENAME', '')",
+        "trainer, supervisor = 'lemonade_hpc.learn.child' in sys.orig_argv, 'submitit.core._submit' in sys.orig_argv",
+        "def once(name):",
+        "    try:",
+        "        (home / name).touch(exist_ok=False)",
+        "    except FileExistsError:",
+        "        return False",
+        "    return True",
+        code,
+    )
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    return f"export PYTHONPATH={folder}:$PYTHONPATH"
+
+
+def events(home: Path) -> list[dict[str, Any]]:
+    """What is on record."""
+    found: list[dict[str, Any]] = []
+    record.load(home / "run", status.problem(home / "run")[1], found)
+    return found
+
+
+def sound(slurm: Slurm, home: Path) -> dict[str, Any]:
+    """No child failed or was committed twice, none was lost more often than it may; the status."""
+    told = events(home)
+    committed = [event["outcome"] for event in told if event["event"] == "committed"]
+    assert len(committed) == len({outcome["child"] for outcome in committed}) == 24 + 4
+    assert not [outcome for outcome in committed if "failure" in outcome]
+    lost = Counter((event["child"], event["kind"]) for event in told if event["event"] == "lost")
+    allowed = budgets.allowed(retries=2)
+    assert all(count <= allowed.get(kind, 9) for (_, kind), count in lost.items()), lost
+    shown: dict[str, Any] = json.loads(lemonade(slurm, home, "status", "run", "--json")[1])
+    assert shown["state"] == "complete"
+    return shown
+
+
+def logged(slurm: Slurm, home: Path) -> subprocess.Popen[str]:
+    """A search whose log is the file `log`."""
+    command = (*LEMONADE, "search", "slurm.yaml", "--run", "run")
+    return start(slurm, home, "bash", "-c", 'exec "$@" 2>log', "bash", *command)
+
+
+def told(home: Path, text: str) -> None:
+    wait_for(f"it is told: {text}", lambda: text in " ".join((home / "log").read_text().split()))

@@ -1,7 +1,6 @@
-"""What befalls jobs on a real Slurm: requeue, hold, time limits, preemption at bad moments, nodes at fault, refusals.
+"""What befalls jobs and children on a real Slurm: requeue, hold, time limits, preemption at bad moments, crashes.
 
-Needs root and Slurm's daemons (`slurm.py`): `pytest tests/cluster -n0`. Accounts, limits and wckeys are enforced here,
-and no array may have more than three tasks.
+Needs root and Slurm's daemons (`slurm.py`): `pytest tests/cluster -n0`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,106 +17,26 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import LEMONADE, begun, config, ended, finished, front, lemonade, running, start  # noqa: E402
+from runs import (  # noqa: E402
+    LEMONADE,
+    begun,
+    ended,
+    events,
+    finished,
+    front,
+    hook,
+    lemonade,
+    logged,
+    running,
+    settings,
+    sound,
+    start,
+    told,
+)
 
-from lemonade_hpc import data  # noqa: E402
-from lemonade_hpc.config import Data  # noqa: E402
-from lemonade_hpc.run import budgets, record, status  # noqa: E402
-from slurm import NODES, PACKAGE, USER, Slurm, cluster, wait_for  # noqa: E402
-
-MAX_ARRAY = 3
-ENFORCED = "AccountingStorageEnforce=limits,qos,wckeys\nTrackWCKey=yes"
-FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    with cluster(MAX_ARRAY, ENFORCED) as made:
-        yield made
-
-
-def settings(home: Path, name: str = "slurm.yaml", **cluster: Any) -> dict[str, Any]:
-    """The configuration of all runs here with other keys of `cluster`, written to a file."""
-    content: dict[str, Any] = yaml.safe_load(config("slurm", **cluster))
-    (home / name).write_text(yaml.safe_dump(content))
-    return content
-
-
-def hook(home: Path, code: str) -> str:
-    """A line of `cluster.setup` that has every Python run this code first, in a trainer (`trainer` holds) or not."""
-    folder = home / "hook"
-    folder.mkdir(exist_ok=True)
-    lines = (
-        "import os, sys, time",
-        "from pathlib import Path",
-        f"home, node = Path({str(home)!r}), os.environ.get('SLURMD_NODENAME', '')",
-        "trainer, supervisor = 'lemonade_hpc.learn.child' in sys.orig_argv, 'submitit.core._submit' in sys.orig_argv",
-        "def once(name):",
-        "    try:",
-        "        (home / name).touch(exist_ok=False)",
-        "    except FileExistsError:",
-        "        return False",
-        "    return True",
-        code,
-    )
-    (folder / "sitecustomize.py").write_text("\n".join(lines))
-    return f"export PYTHONPATH={folder}:$PYTHONPATH"
-
-
-def events(home: Path) -> list[dict[str, Any]]:
-    """What is on record."""
-    found: list[dict[str, Any]] = []
-    record.load(home / "run", status.problem(home / "run")[1], found)
-    return found
-
-
-def sound(slurm: Slurm, home: Path) -> dict[str, Any]:
-    """No child failed or was committed twice, none was lost more often than it may; the status."""
-    told = events(home)
-    committed = [event["outcome"] for event in told if event["event"] == "committed"]
-    assert len(committed) == len({outcome["child"] for outcome in committed}) == 24 + 4
-    assert not [outcome for outcome in committed if "failure" in outcome]
-    lost = Counter((event["child"], event["kind"]) for event in told if event["event"] == "lost")
-    allowed = budgets.allowed(retries=2)
-    assert all(count <= allowed.get(kind, 9) for (_, kind), count in lost.items()), lost
-    shown: dict[str, Any] = json.loads(lemonade(slurm, home, "status", "run", "--json")[1])
-    assert shown["state"] == "complete"
-    return shown
-
-
-def logged(slurm: Slurm, home: Path) -> subprocess.Popen[str]:
-    """A search whose log is the file `log`."""
-    command = (*LEMONADE, "search", "slurm.yaml", "--run", "run")
-    return start(slurm, home, "bash", "-c", 'exec "$@" 2>log', "bash", *command)
-
-
-def told(home: Path, text: str) -> None:
-    wait_for(f"it is told: {text}", lambda: text in " ".join((home / "log").read_text().split()))
-
-
-def hidden(slurm: Slurm, home: Path, command: str, timeout_s: float = 150) -> tuple[int, str]:
-    """A command with `hidden` in the home being a folder that no node sees; its exit code, and what it said."""
-    user = slurm.user
-    line = (
-        f"mount -t tmpfs -o mode=0755,uid={user.pw_uid} none {home}/hidden && cd {home} && cp *.npz hidden && "
-        f"exec setpriv --reuid={user.pw_uid} --regid={user.pw_gid} --clear-groups {command}"
-    )
-    done = subprocess.run(
-        ("unshare", "--mount", "--propagation=private", "bash", "-c", line), capture_output=True, text=True,
-        env=slurm.environment(), check=False, timeout=timeout_s,
-    )  # fmt: skip
-    return done.returncode, " ".join(done.stderr.split())
-
+from slurm import NODES, PACKAGE, Slurm, wait_for  # noqa: E402
 
 # ---------------------------------------------------------------- jobs that are touched (7, 9)
-
-
-SLOW = """
-if trainer:
-    from lemonade_hpc.learn import checkpoints
-    due = checkpoints.Keeper._due
-    checkpoints.Keeper._due = lambda keeper, moment: time.sleep({}) or due(keeper, moment)
-"""
 
 
 STUCK = """
@@ -236,7 +154,7 @@ def preempted(
     wait_for(f"{moment} on every node", lambda: len(list(home.glob(f"{moment}-*"))) == len(NODES))
     slurm.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 1", "--output=/dev/null")
     ended(search)
-    assert len(finished(slurm, home, expected)) > 2
+    assert len(finished(slurm, home, expected)) > 1
     shown = sound(slurm, home)
     assert shown["nodes_excluded"] == {} and shown["attempts_lost"]["crash"] == 0
     return shown
@@ -274,136 +192,3 @@ def test_preemption_while_checkpoints_are_being_written(slurm: Slurm, home: Path
     outcomes = [event["outcome"] for event in events(home) if event["event"] == "committed"]
     assert [outcome["child"] for outcome in outcomes if outcome.get("resumed", 0) > 0]
     assert not list((home / "run").rglob("*checkpoint-*"))
-
-
-# ---------------------------------------------------------------- nodes at fault (12)
-
-
-def test_nodes_that_fail_everything_are_excluded(slurm: Slurm, home: Path, expected: list[Any]) -> None:
-    """On one no worker begins, on another none can train; the others are slow, so that there is time to see it."""
-    code = """
-if trainer and node == "n3":
-    sys.exit("libfoo.so: not found")
-"""
-    hole = 'if [ "$SLURMD_NODENAME" = n2 ]; then echo no scratch here >&2; exit 1; fi'
-    settings(home, setup=[hook(home, code + SLOW.format(0.05)), hole])
-    finished(slurm, home, expected)
-    assert sound(slurm, home)["nodes_excluded"].keys() == {"n2", "n3"}
-    code, out, _ = lemonade(slurm, home, "status", "run")
-    assert code == 0 and "node n2 is excluded" in out and "node n3 is excluded" in out
-
-
-def test_where_all_nodes_fail_everything_the_run_ends_and_says_why(slurm: Slurm, home: Path) -> None:
-    settings(home, setup=["echo no such module >&2", "exit 1"])
-    code, _, err = lemonade(slurm, home, "search", "slurm.yaml", "--run", "run")
-    said = " ".join(err.split()).rpartition("error: ")[2]
-    assert code == 1 and said.endswith("no such module"), err
-
-
-def test_where_the_nodes_do_not_see_the_run_folder_that_is_asked_after(slurm: Slurm, home: Path) -> None:
-    (home / "hidden").mkdir()
-    (home / "any.npz").touch()
-    code, err = hidden(slurm, home, f"{' '.join(LEMONADE)} search slurm.yaml --run hidden/run")
-    assert code == 1 and f"can the nodes see and write {home}/hidden/run?" in err, err
-
-
-def test_data_that_the_nodes_do_not_see_are_named_and_the_run_goes_on_with_them(slurm: Slurm, home: Path) -> None:
-    (home / "hidden").mkdir()
-    digits = data.load(Data(name="digits")).train
-    import numpy as np
-
-    np.savez(home / "digits.npz", x=np.moveaxis(digits.images, 1, 3), y=digits.labels)
-    content = settings(home, workers=2)
-    content["search"]["children"] = 2
-    for name, root in (("wrong", home / "hidden/digits.npz"), ("right", home / "digits.npz")):
-        content["data"] = {"name": "npz", "root": str(root)}
-        (home / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    code, err = hidden(slurm, home, f"{' '.join(LEMONADE)} search wrong.yaml --run run")
-    assert code == 1 and f"data.root: got '{home}/hidden/digits.npz', not a file" in err, err
-    assert "So it is on n" in err and "put it on the file system that all nodes share, and give data.root there" in err
-    code, _, err = lemonade(slurm, home, "search", "right.yaml", "--run", "run")
-    assert code == 0 and front(slurm, home, "run"), err
-
-
-# ---------------------------------------------------------------- refusals (16)
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"account": "nosuch"}, "It says: allocation failure: Invalid account"),
-        ({"qos": "nosuch"}, "It says: allocation failure: Invalid qos"),
-        ({"wckey": "nosuch"}, "It says: allocation failure: Invalid wckey"),
-        ({"constraint": "nosuch"}, "It says: allocation failure: Invalid feature"),
-        ({"gres": "fpga:1"}, "It says: sbatch: error: Invalid generic resource"),
-        ({"gres": "gpu:nosuch:1"},
-         "cluster.gres: got gpu:nosuch:1, which no node of the default partition has; there are: gpu:1. Slurm says: "),
-        ({"mem_gb": 900}, "cluster.mem_gb: got 900 GB, which no node of the default partition has; the largest"),
-    ],
-)  # fmt: skip
-def test_what_slurm_would_refuse_is_told_and_nothing_written(
-    slurm: Slurm, home: Path, given: dict[str, Any], said: str
-) -> None:
-    settings(home, **given)
-    code, out, err = lemonade(slurm, home, "search", "slurm.yaml", "--run", "run")
-    assert (code, out) == (2, "") and said in err, err
-    assert not (home / "run").exists() and not running(slurm)
-
-
-def test_a_coordinator_that_slurm_would_refuse_is_told_and_nothing_written(slurm: Slurm, home: Path) -> None:
-    settings(home, coordinator_partition="nosuch")
-    code, out, err = lemonade(slurm, home, "submit", "slurm.yaml", "--run", "run")
-    assert (code, out) == (2, "") and "Slurm refuses the coordinator's job. It says: " in err and "nosuch" in err, err
-    assert not (home / "run").exists() and not running(slurm)
-
-
-def test_a_full_queue_means_fewer_workers(slurm: Slurm, home: Path, expected: list[Any]) -> None:
-    slurm.run("sacctmgr", "-i", "modify", "user", USER, "set", "maxsubmitjobs=2", root=True)
-    try:
-        search = logged(slurm, home)
-        ended(search)
-    finally:
-        slurm.run("sacctmgr", "-i", "modify", "user", USER, "set", "maxsubmitjobs=-1", root=True)
-    told(home, "so fewer workers run: sbatch: error: AssocMaxSubmitJobLimit")
-    names = finished(slurm, home, expected)
-    launched = [event["workers"] for event in events(home) if event["event"] == "launched"]
-    left = {event["worker"]: event["how"] for event in events(home) if event["event"] == "left"}
-    assert [len(names) for names in launched] == [3, 1, 1] and {left[name] for name in launched[0]} == {"not started"}
-    assert len([job for job in slurm.jobs() if job["name"] in names]) == 2
-    assert "not started" not in sound(slurm, home)["workers_left"]
-
-
-# ---------------------------------------------------------------- clocks (17)
-
-
-CLOCK = """
-import select  # libfaketime 0.9.10 has clock_nanosleep fail where the monotonic clock is left alone
-time.sleep = lambda seconds: select.select([], [], [], seconds) and None
-if trainer:
-    (home / f"clock-{node}").write_text(str(time.time()))
-"""
-
-
-def test_clocks_that_are_an_hour_apart_disturb_nobody_and_arrays_are_no_larger_than_the_site_takes(
-    slurm: Slurm, home: Path, expected: list[Any]
-) -> None:
-    """One node an hour ahead, one behind, and the coordinator that takes over behind them all. (16, 17)"""
-    lines = [
-        f"case $SLURMD_NODENAME in n1) export LD_PRELOAD={FAKETIME} FAKETIME=+1h;; n2) export LD_PRELOAD={FAKETIME} "
-        f"FAKETIME=-1h;; esac; export FAKETIME_DONT_FAKE_MONOTONIC=1",
-        hook(home, CLOCK),
-    ]
-    settings(home, setup=lines)
-    first = begun(slurm, home)
-    first.kill()
-    first.communicate()
-    shift = (f"LD_PRELOAD={FAKETIME}", "FAKETIME=-2h", "FAKETIME_DONT_FAKE_MONOTONIC=1")
-    hooked = f"PYTHONPATH={home}/hook:{PACKAGE}"
-    ended(start(slurm, home, "env", *shift, hooked, *LEMONADE, "search", "slurm.yaml", "--run", "run"))
-    assert finished(slurm, home, expected)
-    sizes = [len(event["workers"]) for event in events(home) if event["event"] == "launched"]
-    assert sizes == [MAX_ARRAY, 4 - MAX_ARRAY]
-    shown = sound(slurm, home)
-    assert not any(shown["attempts_lost"][kind] for kind in ("crash", "walltime", "worker"))
-    clocks = {node: float((home / f"clock-{node}").read_text()) for node in NODES}
-    assert 3000 < clocks["n1"] - clocks["n3"] < 4200 and 3000 < clocks["n4"] - clocks["n2"] < 4200
