@@ -27,7 +27,7 @@ import lemonade_hpc
 USER = f"lemonade{os.getpid()}"
 PACKAGE = Path(lemonade_hpc.__file__).parents[1]
 NODES = tuple(f"n{k}" for k in range(1, 5))
-START_S = 60.0
+START_S = 120.0
 CONFIG = """
 ClusterName=lemonade
 SlurmctldHost={host}(127.0.0.1)
@@ -295,11 +295,23 @@ def _start_munge(slurm: Slurm) -> None:
 
 
 def _start_database(slurm: Slurm, port: int) -> None:
-    folder = slurm.folder / "sql"
-    install = ["mariadb-install-db", "--user=mysql", f"--datadir={folder}", "--auth-root-authentication-method=normal"]
-    subprocess.run(install, check=True, capture_output=True)
+    folder, scratch = slurm.folder / "sql", slurm.folder / "scratch"
+    scratch.mkdir()  # what begins in a shared one removes the tables of others
+    shutil.chown(scratch, "mysql")
+    install = [
+        "mariadb-install-db",
+        "--no-defaults",
+        "--user=mysql",
+        f"--datadir={folder}",
+        "--auth-root-authentication-method=normal",
+    ]
+    environ = os.environ | {"TMPDIR": str(scratch)}
+    done = subprocess.run(install, capture_output=True, text=True, check=False, env=environ)
+    if done.returncode:
+        raise RuntimeError(f"{install}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
     slurm.start(
         "mariadbd", "mariadbd", "--no-defaults", f"--datadir={folder}", f"--socket={folder / 'socket'}",
+        f"--tmpdir={scratch}",
         f"--port={port}", "--bind-address=127.0.0.1", f"--pid-file={folder / 'pid'}", "--innodb-buffer-pool-size=64M",
         user="mysql",
     )  # fmt: skip
