@@ -34,7 +34,7 @@ def home(slurm: Slurm, request: pytest.FixtureRequest) -> Iterator[Path]:
     os.chown(folder, slurm.user.pw_uid, slurm.user.pw_gid)
     yield folder
     slurm.run("scancel", "-u", USER)
-    wait_for("all jobs have ended", lambda: not slurm.run("squeue", "-h", "-u", USER))
+    wait_for("all jobs have ended", slurm.idle)
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def torment(slurm: Slurm, run: Path, left: Counter[str], record: Record, rng: ra
     told = json.loads(lemonade(slurm, run.parent, "status", run.name, "--json")[1])
     assert told["state"] == "complete", f"{told['state']}\n{logs}"
     assert not told["failures"], told["failures"]
-    wait_for("no job is left", lambda: not running(slurm))
+    wait_for("no job is left", slurm.idle)
     harness.assert_gone(run)
     keys = ("attempts_lost", "workers_left", "nodes_excluded", "usage")
     record.add(
@@ -229,7 +229,7 @@ def busy(slurm: Slurm, record: Record, seconds: float, sleep_s: float = 3.0) -> 
     for search in searches:
         _, err = search.communicate(timeout=3 * seconds + 300)
         assert search.returncode == 0, err
-    wait_for("no job is left", lambda: not running(slurm))
+    wait_for("no job is left", slurm.idle)
     found = {mode: shares(slurm, home / mode) for mode in modes}
     ratio = found["steady_state"]["busy"] / found["generational"]["busy"]
     record.add("busy", children=children, sleep_s=[sleep_s, 4 * sleep_s], ratio=round(ratio, 3), **found)

@@ -67,7 +67,7 @@ def finished(slurm: Slurm, home: Path, expected: list[Any]) -> list[str]:
     code, _, err = lemonade(slurm, home, "search", "slurm.yaml", "--run", "run")
     assert code == 0, err
     assert front(slurm, home, "run") == expected
-    wait_for("no job is left", lambda: not running(slurm), 30)
+    wait_for("no job is left", slurm.idle, 30)
     run_id = json.loads((home / "run/run.json").read_text())["run"][:8]
     return sorted({job["name"] for job in slurm.jobs() if run_id in job["name"]})
 

@@ -156,6 +156,13 @@ class Slurm:
         lines = self.run("squeue", "-a", "-r", "-h", "-t", "all", "-o", "%i|%j|%T|%N|%u").splitlines()
         return [dict(zip(keys, line.split("|"), strict=True)) for line in lines]
 
+    def idle(self) -> bool:
+        """Whether no job waits, runs or is completing; raises RuntimeError with those that do."""
+        left = [job for job in self.jobs() if job["state"] in ("RUNNING", "PENDING", "COMPLETING", "SUSPENDED")]
+        if left:
+            raise RuntimeError(f"left are {left}\n{self.run('sinfo', '-N', '-h', '-p', 'main', '-o', '%N %T')}")
+        return True
+
 
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 that nobody uses."""
@@ -324,9 +331,9 @@ def _start_database(slurm: Slurm, port: int) -> None:
 def _stop(slurm: Slurm) -> None:
     """End every job and daemon that was started here, jobs first."""
     if "slurmctld" in slurm.daemons:
-        with suppress(RuntimeError, subprocess.TimeoutExpired):
+        with suppress(RuntimeError, TimeoutError, subprocess.TimeoutExpired):
             slurm.run("scancel", "-f", "-u", USER, timeout=20)
-            wait_for("all jobs have ended", lambda: not slurm.run("squeue", "-h", "-u", USER), 20)
+            wait_for("all jobs have ended", slurm.idle, 20)
     for name in (*NODES, "slurmctld", "slurmdbd", "mariadbd", "munged"):
         if name in slurm.daemons:
             slurm.stop(name)

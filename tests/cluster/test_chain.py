@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import front, lemonade, running  # noqa: E402
+from runs import front, lemonade  # noqa: E402
 
 from slurm import Slurm, wait_for  # noqa: E402
 
@@ -36,7 +36,12 @@ def at_work(home: Path, children: int) -> None:
 
 
 def chain_is_over(slurm: Slurm) -> None:
-    wait_for("the chain is over", lambda: not coordinators(slurm, "RUNNING", "PENDING", "COMPLETING"), 150)
+    def over() -> bool:
+        if left := coordinators(slurm, "RUNNING", "PENDING", "COMPLETING"):
+            raise RuntimeError(f"left are {left}")
+        return True
+
+    wait_for("the chain is over", over, 150)
 
 
 def complete(slurm: Slurm, home: Path, expected: list[Any]) -> None:
@@ -45,7 +50,7 @@ def complete(slurm: Slurm, home: Path, expected: list[Any]) -> None:
     logs = "".join(path.read_text() for path in sorted((home / "run/slurm").glob("*.log")))
     assert json.loads(lemonade(slurm, home, "status", "run", "--json")[1])["state"] == "complete", logs
     assert front(slurm, home, "run") == expected
-    wait_for("no job is left", lambda: not running(slurm), 30)
+    wait_for("no job is left", slurm.idle, 30)
 
 
 def test_what_would_be_submitted_is_shown_and_nothing_written(slurm: Slurm, home: Path) -> None:
@@ -88,7 +93,7 @@ def test_a_run_that_is_told_to_stop_ends_what_it_trains_and_its_chain(
     code, out, err = lemonade(slurm, home, "stop", "run")
     assert (code, err) == (0, "") and out.startswith("told process ")
     chain_is_over(slurm)
-    wait_for("no job is left", lambda: not running(slurm), 30)
+    wait_for("no job is left", slurm.idle, 30)
     told = json.loads(lemonade(slurm, home, "status", "run", "--json")[1])
     assert told["state"] == "stopped" and told["children"]["committed"] < 28 and told["attempts_lost"]["worker"] == 0
     submit(slurm, home)
@@ -100,4 +105,4 @@ def test_a_submitted_run_is_cancelled_as_a_whole(slurm: Slurm, home: Path) -> No
     at_work(home, 2)
     code, out, err = lemonade(slurm, home, "cancel", "run")
     assert (code, err) == (0, "") and "coordinator" in out
-    wait_for("no job is left", lambda: not running(slurm), 60)
+    wait_for("no job is left", slurm.idle, 60)

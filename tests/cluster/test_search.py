@@ -70,7 +70,7 @@ def test_a_run_is_cancelled_as_a_whole_and_goes_on(slurm: Slurm, home: Path, exp
     assert (code, err) == (0, "") and out.startswith("ended: coordinator (process ") and out.count("job ") == 4
     search.communicate(timeout=60)
     assert search.returncode == 3
-    wait_for("no job is left", lambda: not running(slurm), 30)
+    wait_for("no job is left", slurm.idle, 30)
     assert lemonade(slurm, home, "cancel", "run") == (0, "nothing was running\n", "")
     assert len(finished(slurm, home, expected)) > 1
 

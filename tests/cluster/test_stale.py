@@ -115,7 +115,7 @@ def run(shared: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A run folder to be, in truth; under a name that nobody has seen."""
     yield shared.folder / request.node.name
     shared.slurm.run("scancel", "-u", USER)
-    wait_for("all jobs have ended", lambda: not shared.slurm.run("squeue", "-h", "-u", USER))
+    wait_for("all jobs have ended", shared.slurm.idle)
 
 
 @contextmanager
