@@ -63,7 +63,7 @@ class Backend(Protocol):
         """Whether a worker may still report."""
 
     def seen(self, name: str) -> bool:
-        """Whether the job of a worker that was adopted was seen to wait or to run since."""
+        """Whether the job of a worker was seen to wait for its turn by this coordinator."""
 
     def ended(self, name: str) -> str | None:
         """How a worker ended that is gone, in a word or two; None where that may be known later."""

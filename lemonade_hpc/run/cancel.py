@@ -28,7 +28,7 @@ def stop(run: Path) -> str:
     ended = "".join(f"{what} is cancelled; " for what in _end_chain(run, record.read_identity(run)["run"]))
     numbers = files.epochs(run)
     owned = lease.read_owner(run, numbers[-1]) if numbers else None
-    if owned is None or queue.judge(owned["owner"]) == "gone":
+    if owned is None or lease.judge(run, owned["owner"]) == "gone":
         return f"{ended}no coordinator is at work; workers, if any, end what they have and leave"
     with open(run / files.stop_order(numbers[-1]), "ab") as file:
         file.write(b".")
@@ -46,7 +46,7 @@ def cancel(run: Path) -> list[str]:
         return _end_chain(run, run_id)
     owned = lease.read_owner(run, numbers[-1])
     who, on_slurm = owned["owner"], owned["config"]["cluster"]["backend"] == "slurm"
-    verdict = queue.judge(who)
+    verdict = lease.judge(run, who)
     if verdict == "unknown":
         raise ConfigError(
             f"{run}: its coordinator is {owner.describe(who)}, which cannot be reached from here; end it there first, "

@@ -126,12 +126,16 @@ class Coordinator:
 
     def _check_lease(self) -> None:
         """Raise Superseded. One that was paused has perhaps been followed and does not see it yet: it waits."""
-        bound_s = files.Patience(self._stale_s).bound_s
-        if bound_s and time.monotonic() - self._checked_at > bound_s:
+        if self._may_be_followed():
             self._beat()  # seen by one that waits to follow (`lease.settle`), or that one's epoch is seen here at last
-            time.sleep(2 * bound_s + lease.QUIET_S)
+            time.sleep(2 * files.Patience(self._stale_s).bound_s + lease.QUIET_S)
         self._checked_at = time.monotonic()
         self._ledger.check()
+
+    def _may_be_followed(self) -> bool:
+        """Whether the last look is so long ago that another coordinator may have begun and not be seen here yet."""
+        bound_s = files.Patience(self._stale_s).bound_s
+        return bool(bound_s) and time.monotonic() - self._checked_at > bound_s
 
     def _beat(self) -> None:
         self._beat_at = time.monotonic()
@@ -332,22 +336,24 @@ class Coordinator:
         """Leave in good order: workers that end with this session are stopped, what they still report is committed.
 
         That it has closed its journal is the last thing it says: from then on the run is free. What cannot be written
-        any more (a full disk) is found again by the next coordinator. One that is here already has taken over the
-        workers too: they are left alone.
+        any more (a full disk) is found again by the next coordinator. One that is here already, or may be and is not
+        seen, has taken over the workers too: they are left alone.
         """
         with contextlib.suppress(Superseded):
-            self._check_lease()
+            self._ledger.check()
+            alone = not self._may_be_followed()
             if not self._backend.lasting or self.history.complete is not None:
                 self._crew.stop()
             with contextlib.suppress(OSError, RunFailed):
                 self._commit()
                 self._ledger.write()
             self._ledger.check()
-            self._backend.close()
-            for path in leftovers.jobs(self.run, self._launches()):
-                files.remove(path)
+            if alone:
+                self._backend.close()
+                for path in leftovers.jobs(self.run, self._launches()):
+                    files.remove(path)
             with contextlib.suppress(OSError):
-                self._ledger.record({"event": lease.CLOSED, "why": self.why})
+                self._ledger.record({"event": "closed", "why": self.why})
                 self._ledger.write()
         self._crew.close()
         self._ledger.close()

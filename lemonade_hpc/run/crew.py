@@ -161,7 +161,9 @@ class Crew:
             fault = f"worker {name} {how}" + (f": {output}" if output else "")
         elif bye == worker.UNFIT:
             fault = f"worker {name} cannot start training: {handle.trouble}"
-        elif bye not in (None, worker.TIME_OVER) and abandoned and (bye != worker.SIGNALLED or how == DIED):
+        elif (
+            bye not in (None, worker.TIME_OVER, worker.TOLD) and abandoned and (bye != worker.SIGNALLED or how == DIED)
+        ):
             fault = f"worker {name} left its children: {bye}"
         self._part(handle, how, fault)
         if how == CANCELLED and (name not in self._adopted - self._lived or self._backend.seen(name)):
@@ -279,6 +281,8 @@ class Crew:
             self._observer.note(str(error))
             for name in names:
                 self._end(self.handles[name], histories.NOT_STARTED)
+            self._ledger.write()
+            for name in names:
                 for path in (files.assigned_log(epoch, name), files.done_log(name)):
                     files.remove((self._run / path).parent)
 
@@ -338,7 +342,7 @@ class Crew:
         return not self.handles
 
     def stop(self) -> None:
-        """Have all workers leave at once, and end those that do not."""
+        """Have all workers leave, children in training saved, and end those that take longer than STOP_S."""
         for handle in self.handles.values():
             handle.stop()
         deadline = time.monotonic() + STOP_S

@@ -156,12 +156,18 @@ class History:
         self.num_records = 0
         self.num_crashes = 0
         """Coordinators in a row, up to the last one, that ended in no good order and saw no child finished."""
+        self.closed = False
+        """Whether the last coordinator has left in good order."""
         self.why_closed: str | None = None
         """Why the last coordinator left a run that was not complete, if it did in good order."""
         self.initial_front: pareto.Front | None = None
         """The front of the initial networks alone, once all have reported; children may have been faster than some."""
         self._initial = self.state.front
         self.complete: Event | None = None
+
+    def begin(self) -> None:
+        """Another coordinator has begun: it counts as a crash until it closes in good order."""
+        self.num_crashes, self.closed, self.why_closed = self.num_crashes + 1, False, None
 
     def apply(self, event: Event) -> None:
         """One more event; raises ValueError for one that cannot follow."""
@@ -197,8 +203,7 @@ class History:
         elif kind == "complete":
             self.complete = event
         elif kind == "closed":
-            self.num_crashes = 0
-            self.why_closed = event.get("why")
+            self.num_crashes, self.closed, self.why_closed = 0, True, event.get("why")
         else:
             raise ValueError(f"unknown event {kind!r}")
         self.num_records += 1

@@ -29,8 +29,6 @@ from lemonade_hpc.run.record import Loaded
 QUIET_S = 5.0
 """Longer than between two beats of a coordinator, and than from the last look at a record to the lease."""
 LOOK_S = 0.5
-CLOSED = "closed"
-"""The last event of a coordinator that left in good order."""
 
 
 class Held(ConfigError):  # noqa: N818
@@ -132,8 +130,8 @@ def settle(
     if not calm_s:
         check_free(run, take_over=take_over)
     bound_s = files.Patience(files.STALE_S if stale_s is None else stale_s).bound_s
-    quiet_s = max(2 * bound_s + QUIET_S, calm_s)
-    note(f"its last coordinator was on another machine: looking on for {quiet_s:.0f} s (by cluster.stale_s) first")
+    quiet_s, key = max((2 * bound_s + QUIET_S, "stale_s"), (calm_s, "status_s"))
+    note(f"its last coordinator was on another machine: looking on for {quiet_s:.0f} s (by cluster.{key}) first")
     began = since = time.monotonic()
     seen = _sight(run)
     while time.monotonic() - since < quiet_s:
@@ -153,7 +151,7 @@ def _elsewhere(run: Path) -> bool:
     with contextlib.suppress(RecordError):
         events = _events(run)
         complete = "complete" in events and "asked" not in events[events.index("complete") :]
-        if complete or events[-1] == CLOSED:
+        if complete or events[-1] == "closed":
             return False
         return bool(read_owner(run, numbers[-1]).get("owner", {}).get("host") != owner.identity()["host"])
     return True
@@ -177,19 +175,13 @@ def _sight(run: Path) -> tuple[int, list[int | None]]:
 
 
 def check_free(run: Path, *, take_over: bool) -> None:
-    """Raise Held unless the last epoch's owner is gone, or `take_over` says that a person knows it is.
-
-    One that has closed its journal has nothing more to do with the run, wherever it was.
-    """
+    """Raise Held unless the last epoch's owner is gone, or `take_over` says that a person knows it is."""
     numbers = files.epochs(run)
     if not numbers or take_over:
         return
-    with contextlib.suppress(RecordError):
-        if _events(run)[-1] == CLOSED:
-            return
     try:
         who = read_owner(run, numbers[-1])["owner"]
-        verdict = queue.judge(who)
+        verdict = judge(run, who)
     except (RecordError, KeyError) as error:
         raise Held(
             f"{run}: who holds it cannot be told: {error}. If you know that nobody does, add --take-over"
@@ -203,6 +195,17 @@ def check_free(run: Path, *, take_over: bool) -> None:
             f"{run}: last held by {owner.describe(who)}; whether it still runs cannot be told from here. "
             f"If you know that it does not, add --take-over"
         )
+
+
+def judge(run: Path, who: dict[str, Any]) -> owner.Verdict:
+    """Whether the last epoch's owner lives.
+
+    One that has closed its journal has nothing more to do with the run, wherever it was.
+    """
+    with contextlib.suppress(RecordError):
+        if _events(run)[-1] == "closed":
+            return "gone"
+    return queue.judge(who)
 
 
 def _at_work(run: Path) -> Held:

@@ -93,7 +93,7 @@ def queued(run_id: str) -> tuple[dict[Place, Job], list[Job]] | None:
     answer = ask(*LIST)
     if answer is None:
         return None
-    rows = [line.split("|") for line in answer.splitlines()]
+    rows = [row for row in (line.split("|") for line in answer.splitlines()) if len(row) == 5]
     together, alone = _named(run_id, (), rows)
     jobs = (Job(id, *rest) for id, name, *rest in rows if name == prefix(run_id) + COORDINATOR)
     return together | alone, [job for job in jobs if job.state not in ENDED]

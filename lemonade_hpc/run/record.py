@@ -105,7 +105,7 @@ def load(run: Path, fixed: Problem, upto: list[Event] | None = None) -> Loaded:
             if upto is not None:
                 upto.append(event)
             if event["event"] == "epoch":
-                history.num_crashes, history.why_closed = history.num_crashes + 1, None  # until it closes in good order
+                history.begin()
             else:
                 _apply(history, event, run / files.epoch_folder(number))
     return Loaded(history, *found.end, tuple(found.warnings), found.mended, tuple(found.late))

@@ -118,7 +118,7 @@ class SlurmBackend:
         self._places: dict[str, queue.Place] = {}
         self._heard_at: dict[str, float] = {}
         self._seen: set[str] = set()
-        """Workers whose jobs were seen in the queue."""
+        """Workers whose jobs were seen to wait for their turn."""
         self._ended: dict[str, int] = {}
         """How many queries in a row saw a worker's job to have ended, or not at all."""
         self._last_state: dict[str, str] = {}
@@ -167,7 +167,7 @@ class SlurmBackend:
                 self._fits = max(1, size // 2)
                 if time.monotonic() - self._crowded_at >= CROWDED_S:
                     self._crowded_at = time.monotonic()
-                    self._note(f"sbatch still takes no more jobs: {said}")
+                    self._note(f"sbatch still takes no {size} more jobs at once: {said}")
             else:
                 self._proven = size
         return 0
@@ -293,7 +293,8 @@ class SlurmBackend:
             self._ended[name] = self._ended.get(name, 0) + 1
             return
         self._ended[name] = 0
-        self._seen.add(name)
+        if state == "PENDING":
+            self._seen.add(name)
         if name not in self._heard_at:
             self._deliver(name)
 

@@ -6,7 +6,7 @@ Decides: the content of `front --json` and `status --json`. Reads only; needs no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,20 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
     content, fixed, loaded = read(run)
     history = loaded.history
     state = history.state
-    on_slurm = fixed.config.cluster.backend == "slurm" and history.complete is None
-    jobs, coordinators = (look(content["run"]) if on_slurm else None) or ({}, None)
+    numbers = files.epochs(run)
+    who = lease.read_owner(run, numbers[-1])["owner"] if numbers else {}
+    jobs, coordinators = _queued(run, content, fixed, history, look) or ({}, None)
+    life = _life(history, who, judge, {job.id for job in coordinators or []})
+    running = life.startswith("running")
+    others = [vars(job) for job in coordinators or [] if running or job.id != who.get("slurm_job")]
     workers = [_worker(run, name, jobs.get((one.launch, one.place))) for name, one in sorted(history.workers.items())]
     logs = sorted((run / files.SLURM).glob("coordinator-*.log"), key=lambda path: path.stat().st_mtime)
     return {
         "run": content["run"],
-        "state": _life(run, history, judge),
+        "state": life,
         "why_closed": history.why_closed if history.complete is None else None,
-        "stopping": any((run / files.stop_order(number)).stat().st_size > 0 for number in files.epochs(run)[-1:]),
-        "coordinators": None if coordinators is None else [vars(job) for job in coordinators],
+        "stopping": running and (run / files.stop_order(numbers[-1])).stat().st_size > 0,
+        "coordinators": None if coordinators is None else others,
         "log": str(logs[-1]) if logs else None,
         "warnings": list(loaded.warnings),
         "data": {
@@ -152,17 +156,30 @@ def hypervolumes(history: History) -> dict[str, float | None]:
     }
 
 
-def _life(run: Path, history: History, judge: Judge) -> str:
-    """`complete`, `failed: why`, `running: by whom`, or `stopped`."""
-    numbers, state = files.epochs(run), history.state
+def _queued(
+    run: Path, content: dict[str, Any], fixed: Problem, history: History, look: Look
+) -> tuple[dict[queue.Place, queue.Job], list[queue.Job]] | None:
+    """What of a run is in the queue; None where it has nothing to look for there, or nobody answers."""
+    on_slurm = fixed.config.cluster.backend == "slurm" or (run / files.SLURM).exists()
+    return look(content["run"]) if on_slurm and history.complete is None else None
+
+
+def _life(history: History, who: dict[str, Any], judge: Judge, jobs: Collection[str]) -> str:
+    """`complete`, `failed: why`, `running: by whom`, or `stopped`.
+
+    `who`: the last owner, if there was one. `jobs`: coordinators' that are in the queue.
+    """
+    state = history.state
     if state.complete and history.complete is not None:
         return "complete"
     if state.num_asks and not state.members and not state.in_flight:
         return "failed: no initial network is valid; start again in another folder"
-    if not numbers:
+    if not who:
         return "not started"
-    who = lease.read_owner(run, numbers[-1])["owner"]
-    verdict = judge(who)
+    if history.closed:
+        return "stopped"
+    listed = who.get("slurm_job") in jobs and owner.judge(who) != "gone"
+    verdict = "alive" if listed else judge(who)
     if verdict == "alive":
         return f"running: {owner.describe(who)}"
     return "stopped" if verdict == "gone" else f"unknown: last held by {owner.describe(who)}"

@@ -17,6 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lemonade_hpc.run.queue import ENDED
 from lemonade_hpc.search.morphisms import Edit
 from lemonade_hpc.search.morphisms import from_json as edits_from_json
 
@@ -175,14 +176,18 @@ def _life_text(data: Mapping[str, Any]) -> str:
         follows = f"; a coordinator waits in the queue: {', '.join(waiting)}"
     else:
         follows = "; the same command goes on" if state == "stopped" else ""
-    log = f"\nits coordinator's last log: {data['log']}" if data["log"] and not why else ""
+    log = f"\nthe last log of a submitted coordinator: {data['log']}" if data["log"] and not why else ""
     return f"{state}{why}{follows}{log}"
 
 
-def _waiting_text(worker: Mapping[str, Any]) -> str:
-    """What a worker that was never heard of does, as far as is known."""
+def _doing_text(worker: Mapping[str, Any], *, asked: bool = False) -> str:
+    """What a worker does, or has come to, as far as is known; `asked`: one without a job is not in the queue."""
     job = worker["job"]
-    return f"in the queue ({job['reason']})" if job and job["state"] == "PENDING" else str(worker["doing"])
+    if job is None and asked:
+        return "not in the queue"
+    if job and job["state"] == "PENDING":
+        return f"in the queue ({job['reason']})"
+    return f"ended ({job['state']})" if job and job["state"] in ENDED else str(worker["doing"])
 
 
 def status_view(data: Mapping[str, Any], num_validation: int) -> RenderableType:
@@ -196,11 +201,12 @@ def status_view(data: Mapping[str, Any], num_validation: int) -> RenderableType:
     parts.append(Text(usage_text(data["usage"])))
     parts += [Text(f"node {node} is excluded: {why}", style="yellow") for node, why in data["nodes_excluded"].items()]
     parts += [Text(f"warning: {text}", style="yellow") for text in data["warnings"]]
-    unseen = Counter(_waiting_text(worker) for worker in data["workers"] if worker["node"] is None)
+    asked = data["coordinators"] is not None
+    unseen = Counter(_doing_text(worker, asked=asked) for worker in data["workers"] if worker["node"] is None)
     parts += [Text(f"workers not at work yet: {count} {what}") for what, count in unseen.items()]
     for worker in sorted((one for one in data["workers"] if one["node"]), key=lambda one: (one["node"], one["name"])):
         device = f" ({worker['device']})" if worker["device"] else ""
-        parts.append(Text(f"worker {worker['name']} on {worker['node']}{device}: {worker['doing']}"))
+        parts.append(Text(f"worker {worker['name']} on {worker['node']}{device}: {_doing_text(worker)}"))
     failures = data["failures"]
     if len(failures) < data["children"]["failed"]:
         parts.append(Text(f"the last {len(failures)} of {data['children']['failed']} failed children:", style="red"))

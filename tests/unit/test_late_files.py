@@ -359,15 +359,19 @@ def test_one_that_was_paused_waits_until_it_must_see_its_successor(run: Path, cl
     made.close()
 
 
-def test_one_that_was_paused_and_is_to_leave_does_so_without_a_word(run: Path, clock: Clock) -> None:
+@pytest.mark.parametrize("paused", [False, True])
+def test_one_that_was_paused_and_is_to_leave_does_so_at_once_and_touches_nothing(
+    run: Path, clock: Clock, paused: bool
+) -> None:
+    """It has no time to look for a successor that may have begun and is not seen here yet."""
     made, backend, _ = running(run)
-    unseen = run / files.EPOCHS / "000002"
-    clock.now += BOUND_S + 1
-    clock.then[clock.now + BOUND_S] = lambda: unseen.mkdir()
-    before = [(run / path).read_bytes() for path in files.journals(1)]
+    backend.lasting = True
+    job = run / files.WORKERS / "another" / "job"
+    job.mkdir(parents=True)
+    clock.now += BOUND_S + paused
     made.close()
-    assert [(run / path).read_bytes() for path in files.journals(1)] == before
-    assert backend.workers and not backend.closed
+    assert clock.slept == 0 and backend.closed == (not paused) and job.exists() == paused
+    assert doubles.events(run, SETTINGS)[-1]["event"] == "closed"
 
 
 # ---------------------------------------------------------------- the trainer

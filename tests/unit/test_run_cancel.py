@@ -15,7 +15,7 @@ import pytest
 
 from lemonade_hpc import files
 from lemonade_hpc.config import ConfigError
-from lemonade_hpc.run import cancel, owner, queue
+from lemonade_hpc.run import cancel, owner, queue, status
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -26,11 +26,12 @@ IGNORES_SIGTERM = "import signal, time; signal.signal(15, signal.SIG_IGN); print
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run whose coordinator has ended."""
+    """A run whose coordinator was killed."""
     judge = owner.judge
     doubles.install(monkeypatch)
     with doubles.folder() as made:
-        doubles.start(made, doubles.config(), doubles.FakeBackend(made)).close()
+        coordinator = doubles.start(made, doubles.config(), doubles.FakeBackend(made))
+        coordinator._ledger.close()
         monkeypatch.setattr(owner, "judge", judge)
         held_by(made, {"started": 1})
         yield made
@@ -73,6 +74,16 @@ def test_a_coordinator_elsewhere_must_be_ended_there(run: Path, monkeypatch: pyt
     held_by(run, {"host": "elsewhere"}, "slurm")
     with pytest.raises(ConfigError, match=r"its coordinator is process \d+ on elsewhere, which cannot be reached"):
         cancel.cancel(run)
+
+
+def test_a_coordinator_elsewhere_that_has_left_in_good_order_is_in_nobodys_way(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubles.start(run, doubles.config(), doubles.FakeBackend(run)).close()
+    path = run / files.owner(2)
+    path.write_text(path.read_text().replace(owner.identity()["host"], "elsewhere"))
+    assert cancel.cancel(run) == [] and "no coordinator is at work" in cancel.stop(run)
+    assert status.status(run)["state"] == "stopped"
 
 
 def test_the_jobs_of_this_run_that_have_not_ended_are_cancelled(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

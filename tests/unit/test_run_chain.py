@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -412,11 +413,39 @@ def test_the_status_shows_what_waits_in_the_queue_of_a_run_that_is_not_complete(
     commands.say("squeue", f"9|{name}|PENDING|Dependency|\n8|{name}|FAILED|NonZeroExitCode|n1\n7|x|RUNNING|None|n2\n")
     told = status.status(run, lambda who: "gone")
     assert told["coordinators"] == [{"id": "9", "state": "PENDING", "reason": "Dependency", "node": ""}]
-    assert told["log"] == str(run / files.SLURM / "coordinator-8.log") and not told["stopping"]
-    (run / files.stop_order(1)).write_bytes(b".")
+    assert told["log"] == str(run / files.SLURM / "coordinator-8.log")
     commands.fail("squeue")
-    told = status.status(run, lambda who: "alive")
-    assert told["coordinators"] is None and told["stopping"]
+    assert status.status(run, lambda who: "gone")["coordinators"] is None
+
+
+def test_a_coordinator_whose_job_is_in_the_queue_lives_and_is_no_other_once_it_has_left(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm is asked once, and lines that are none are passed over."""
+    monkeypatch.setattr(queue.owner, "judge", lambda who: "unknown")
+    made = doubles.start(run, settings(), doubles.FakeBackend(run))
+    path = run / files.owner(1)
+    who = json.loads(path.read_text())
+    who["owner"] |= {"host": "elsewhere", "slurm_job": "8"}
+    path.write_text(json.dumps(who))
+    name = chain.job_name(record.read_identity(run)["run"])
+    commands.say("squeue", f"Welcome!\n\n8|{name}|RUNNING|None|n1\n9|{name}|PENDING|Dependency|\n")
+    told = status.status(run)
+    assert told["state"].startswith("running: ") and [job["id"] for job in told["coordinators"]] == ["8", "9"]
+    assert len(commands.calls("squeue")) == 1 and not told["stopping"]
+    (run / files.stop_order(1)).write_bytes(b".")
+    assert status.status(run)["stopping"]
+    made.close()
+    told = status.status(run)
+    assert told["state"] == "stopped" and [job["id"] for job in told["coordinators"]] == ["9"] and not told["stopping"]
+
+
+def test_a_run_that_was_local_and_is_submitted_is_looked_for_in_the_queue(run: Path, commands: Commands) -> None:
+    doubles.start(run, doubles.config(), doubles.FakeBackend(run)).close()
+    session.submit(settings(), run)
+    name = chain.job_name(record.read_identity(run)["run"])
+    commands.say("squeue", f"9|{name}|PENDING|Priority|\n")
+    assert [job["id"] for job in status.status(run)["coordinators"]] == ["9"]
 
 
 def test_why_a_run_was_left_is_on_record_until_somebody_goes_on(run: Path, commands: Commands) -> None:

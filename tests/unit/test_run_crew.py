@@ -331,6 +331,20 @@ def test_a_worker_that_has_waited_since_before_and_is_cancelled_now_is_not_repla
     assert history.state.complete and history.num_launched == 2 * WORKERS - 1
 
 
+def test_a_worker_that_was_told_to_leave_is_at_no_fault(run: Path) -> None:
+    """Its coordinator died before it had heard that."""
+    made = doubles.start(run, settings(), backend := FakeCluster(run, lambda node, task: "long"))
+    for _ in range(3):
+        made._turn()
+    for handle in made._crew.handles.values():
+        handle.stop()
+    made._ledger.close()
+    backend.step()
+    history = doubles.search(run, settings())
+    assert history.state.complete and history.departures == {"stopped by the coordinator": 2 * WORKERS}
+    assert not history.strikes and {event["fault"] for event in told(run, "left")} == {None}
+
+
 def test_a_worker_that_there_is_no_room_for_leaves_no_mailbox(run: Path) -> None:
     class Full(FakeCluster):
         num_refused = 0

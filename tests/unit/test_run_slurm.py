@@ -523,6 +523,20 @@ def test_nobody_asks_after_those_that_are_known_to_be_gone(run: Path, queue: Que
     assert len(queue.calls("squeue")) == 2 and not one.alive("w0")
 
 
+@pytest.mark.parametrize(("state", "seen"), [("PENDING", True), ("RUNNING", False), ("COMPLETING", False)])
+def test_a_job_that_waited_is_known_to_have_been_cancelled_since(
+    run: Path, queue: Queue, state: str, seen: bool
+) -> None:
+    """One that is seen to end may have been cancelled before there was this coordinator."""
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    queue.shows({"5": ("lemonade-01234567-w0", state)})
+    turns(one, queue, 70)
+    queue.shows({"5": ("lemonade-01234567-w0", "CANCELLED")})
+    turns(one, queue, 200)
+    assert (one.ended("w0"), one.seen("w0")) == ("cancelled", seen)
+
+
 def test_jobs_of_others_are_not_ours(run: Path, queue: Queue) -> None:
     one, _ = backend(run)
     one.adopt("w0", "w0", 0)
@@ -610,7 +624,7 @@ def test_where_the_queue_is_full_fewer_are_submitted_and_tried_seldom(run: Path,
     assert tried == ["--test-only --array=0-3", "--test-only --array=0-1", *3 * ["--test-only --array=0-0"]]
     assert notes == []
     queue.now += slurm.CROWDED_S
-    assert one.room() == 0 and len(notes) == 1 and "still takes no more jobs: " in notes[0] and "AssocMax" in notes[0]
+    assert one.room() == 0 and len(notes) == 1 and "still takes no 1 more jobs" in notes[0] and "AssocMax" in notes[0]
     queue.limits = {}
     for size in (1, 2, 4, 8):
         queue.now += 60

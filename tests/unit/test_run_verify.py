@@ -364,7 +364,7 @@ def test_status_of_a_run_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         assert doubles.contents(run) == before
         made.close()
-        assert status.status(run)["state"] == "unknown: last held by " + owner.describe(owner.identity())
+        assert status.status(run)["state"] == "stopped"
 
 
 def test_status_before_the_first_coordinator() -> None:

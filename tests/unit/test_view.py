@@ -237,6 +237,8 @@ def test_the_status_tells_what_is_lost_cut_off_or_damaged_and_how_to_go_on():
                 {"name": f"e1w{k}", "node": None, "device": None, "doing": "starting", "job": job("9_1", why=why)}
                 for k, why in ((2, "Priority"), (3, "Resources"), (4, "Priority"))
             ),
+            {"name": "e1w05", "node": "n1", "device": None, "doing": "child 4", "job": job("9_2", "NODE_FAIL")},
+            {"name": "e1w06", "node": None, "device": None, "doing": "starting", "job": job("9_3", "CANCELLED")},
         ],
         "failures": told()["failures"][1:],
     }
@@ -252,9 +254,18 @@ def test_the_status_tells_what_is_lost_cut_off_or_damaged_and_how_to_go_on():
         "workers not at work yet: 1 starting",
         "workers not at work yet: 2 in the queue (Priority)",
         "workers not at work yet: 1 in the queue (Resources)",
+        "workers not at work yet: 1 ended (CANCELLED)",
+        "worker e1w05 on n1: ended (NODE_FAIL)",
         "the last 1 of 2 failed children:",
     ):
         assert expected in lines
+
+
+def test_a_worker_that_the_queue_does_not_know_is_told_where_it_was_asked():
+    waiting = {"name": "e1w01", "node": None, "device": None, "doing": "starting", "job": None}
+    for coordinators, words in ((None, "starting"), ([], "not in the queue")):
+        lines = shown(tables.status_view(told(state="stopped", coordinators=coordinators, workers=[waiting]), 350))
+        assert f"workers not at work yet: 1 {words}" in lines
 
 
 @pytest.mark.parametrize(
@@ -271,7 +282,7 @@ def test_the_status_tells_what_is_lost_cut_off_or_damaged_and_how_to_go_on():
             {"state": "stopped", "coordinators": [job("9", why="Priority")], "log": "run/slurm/coordinator-8.log"},
             [
                 "stopped; a coordinator waits in the queue: job 9 (Priority)",
-                "its coordinator's last log: run/slurm/coordinator-8.log",
+                "the last log of a submitted coordinator: run/slurm/coordinator-8.log",
             ],
         ),
         ({"state": "not started", "coordinators": [job("10"), job("9", "RUNNING")]},
