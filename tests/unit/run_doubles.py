@@ -25,10 +25,11 @@ from lemonade_hpc import files
 from lemonade_hpc.config import Config
 from lemonade_hpc.data import DataSet, Part
 from lemonade_hpc.run import backends, coordinator, crew, lease, owner, record, session, worker
+from lemonade_hpc.run import history as histories
 from lemonade_hpc.run.history import History
 from lemonade_hpc.run.log import Message
 from lemonade_hpc.search import evolution
-from lemonade_hpc.search.evolution import Problem
+from lemonade_hpc.search.evolution import Child, Outcome, Problem, State
 from lemonade_hpc.search.ops import Signature
 
 BASE: dict[str, Any] = {
@@ -295,3 +296,39 @@ def install(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
     patch.setattr(session.data_sets, "load", lambda data: images())
     patch.setattr(owner, "judge", lambda who: "gone")
+
+
+def reported(child: Child, failed: bool = False) -> dict[str, Any]:
+    """As a worker would report it."""
+    told: dict[str, Any] = {"child": child.number, "attempt": "e1a1", "digest": child.digest, "wall_s": 2.0}
+    if failed:
+        return told | {"failure": FAILURE}
+    return told | {"objectives": {"val_error": error_of(child.digest)}, "weights": {}, "receipt": None}
+
+
+def straight(settings: Config, failed: Callable[[int], bool]) -> tuple[list[State], list[dict[str, Any]]]:
+    """A search in memory with ask and tell alone: every state, and the events that led there."""
+    state, seen, rng = evolution.start(problem(settings)), set[str](), random.Random(1)
+    states, events = [state], []
+    while not state.complete:
+        after, children = evolution.ask(state, 3, seen.__contains__)
+        if after is not state:
+            events.append(histories.asked(state, after, 3, children))
+            seen |= {child.digest for child in children}
+        else:
+            number = evolution.next_to_tell(state)
+            number = rng.choice(sorted(state.in_flight)) if number is None else number
+            told = reported(state.in_flight[number], failed(number))
+            expensive = () if failed(number) else (told["objectives"]["val_error"],)
+            reason = "Diverged" if failed(number) else None
+            after = evolution.tell(state, Outcome(number, expensive, reason))
+            events.append({"event": "committed", "outcome": told})
+        state = after
+        states.append(state)
+    return states, events
+
+
+def same(a: State, b: State) -> bool:
+    fronts = a.front.numbers == b.front.numbers and (a.front.values == b.front.values).all()
+    numbers = ("num_initial", "num_asked", "num_asks", "num_committed", "num_failed", "redrawn", "members", "in_flight")
+    return bool(fronts) and all(getattr(a, name) == getattr(b, name) for name in numbers)

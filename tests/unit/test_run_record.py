@@ -1,189 +1,29 @@
-"""The record: what events add up to, which lines are in effect, who may write the next one."""
+"""The record: which lines are in effect, who may write the next one, what makes a run folder."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.config import Config, ConfigError
-from lemonade_hpc.run import history as histories
+from lemonade_hpc.config import ConfigError
 from lemonade_hpc.run import journal, lease, owner, record, session
-from lemonade_hpc.run.history import History
 from lemonade_hpc.run.journal import Journal, RecordError
 from lemonade_hpc.run.lease import Held
-from lemonade_hpc.search import evolution, pareto
-from lemonade_hpc.search.evolution import Child, Outcome, State
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import run_doubles as doubles  # noqa: E402
 
 LATE = {"event": "sealed", "children": [0, 0], "file": "late", "sha256": ""}
-
-
-def outcome_of(child: Child, failed: bool = False) -> dict[str, Any]:
-    """As a worker would report it."""
-    told: dict[str, Any] = {"child": child.number, "attempt": "e1a1", "digest": child.digest, "wall_s": 2.0}
-    if failed:
-        return told | {"failure": doubles.FAILURE}
-    return told | {"objectives": {"val_error": doubles.error_of(child.digest)}, "weights": {}, "receipt": None}
-
-
-def straight(settings: Config, failed: Callable[[int], bool]) -> tuple[list[State], list[dict[str, Any]]]:
-    """A search in memory with ask and tell alone: every state, and the events that led there."""
-    state, seen, rng = evolution.start(doubles.problem(settings)), set[str](), random.Random(1)
-    states, events = [state], []
-    while not state.complete:
-        after, children = evolution.ask(state, 3, seen.__contains__)
-        if after is not state:
-            events.append(histories.asked(state, after, 3, children))
-            seen |= {child.digest for child in children}
-        else:
-            number = evolution.next_to_tell(state)
-            number = rng.choice(sorted(state.in_flight)) if number is None else number
-            told = outcome_of(state.in_flight[number], failed(number))
-            expensive = () if failed(number) else (told["objectives"]["val_error"],)
-            reason = "Diverged" if failed(number) else None
-            after = evolution.tell(state, Outcome(number, expensive, reason))
-            events.append({"event": "committed", "outcome": told})
-        state = after
-        states.append(state)
-    return states, events
-
-
-def same(a: State, b: State) -> bool:
-    fronts = a.front.numbers == b.front.numbers and (a.front.values == b.front.values).all()
-    numbers = ("num_initial", "num_asked", "num_asks", "num_committed", "num_failed", "redrawn", "members", "in_flight")
-    return bool(fronts) and all(getattr(a, name) == getattr(b, name) for name in numbers)
-
-
-# ---------------------------------------------------------------- History
-
-
-@pytest.mark.parametrize("mode", ["generational", "steady_state"])
-def test_events_fold_to_what_ask_and_tell_do(mode: str) -> None:
-    settings = doubles.config(search={"mode": mode})
-    states, events = straight(settings, lambda number: number % 5 == 4)
-    history = History(doubles.problem(settings))
-    assert same(history.state, states[0])
-    for event, state in zip(events, states[1:], strict=True):
-        history.apply(json.loads(files.dumps(event)))
-        assert same(history.state, state)
-        assert history.attempts.keys() == state.in_flight.keys()
-        parents = {child.parent for child in state.in_flight.values()} - {None}
-        assert history.results.keys() >= set(state.members) | parents
-        assert history.children.keys() == history.results.keys() | state.in_flight.keys()
-    final = states[-1]
-    assert history.results.keys() == set(final.members)
-    assert len(history.failures) == final.num_failed > 0
-    assert history.num_records == len(events)
-    assert history.wall_s == 2.0 * final.num_committed
-    assert sorted(history.release() + list(history.results)) == list(range(final.num_committed))
-    assert history.release() == []
-
-
-@pytest.mark.parametrize("mode", ["generational", "steady_state"])
-@pytest.mark.parametrize("failed", [None, 1])
-def test_the_first_front_is_of_the_initial_networks_alone(mode: str, failed: int | None) -> None:
-    """In steady state children are asked, and told, before the last initial network has reported."""
-    settings = doubles.config(search={"mode": mode})
-    _, events = straight(settings, lambda number: number == failed)
-    history = History(doubles.problem(settings))
-    initial, early = pareto.Front.empty(2), 0
-    for event in events:
-        history.apply(event)
-        told = event.get("outcome", {})
-        if "objectives" in told and told["child"] < history.state.num_initial:
-            cheap = events[0]["children"][told["child"]]["cheap"]
-            initial = pareto.insert(initial, told["child"], (told["objectives"]["val_error"], *cheap))
-        if any(number < history.state.num_initial for number in history.state.in_flight):
-            early += told.get("child", 0) >= history.state.num_initial
-            assert history.initial_front is None
-    assert history.initial_front is not None and bool(early) == (mode == "steady_state")
-    assert history.initial_front.numbers == initial.numbers != history.state.front.numbers
-    assert history.initial_front.values.tolist() == initial.values.tolist()
-
-
-def test_attempts_are_counted_by_how_they_were_lost() -> None:
-    settings = doubles.config()
-    _, events = straight(settings, lambda number: False)
-    history = History(doubles.problem(settings))
-    history.apply(events[0])
-    history.apply({"event": "launched", "workers": ["w"], "gpus": 1})
-    for attempt, kind in (("a1", "crash"), ("a2", "stopped"), ("a3", None)):
-        history.apply({"event": "attempt", "child": 1, "attempt": attempt, "worker": "w"})
-        if kind:
-            told = {"kind": kind, "reason": "", "seconds": 1.5, "done": 0.0}
-            history.apply({"event": "lost", "child": 1, "attempt": attempt, **told})
-    assert [one.lost for one in history.attempts[1]] == ["crash", "stopped", None]
-    assert history.num_lost == {"crash": 1, "walltime": 0, "worker": 0, "stopped": 1}
-    assert history.usage.wasted == 3.0
-
-
-def test_children_are_sealed_in_order_once_all_are_finished() -> None:
-    settings = doubles.config(search={"mode": "steady_state"})
-    _, events = straight(settings, lambda number: False)
-    history = History(doubles.problem(settings))
-    for event in events:
-        history.apply(event)
-        due = history.sealable(4)
-        done = [number for number, row in history.unsealed.items() if "outcome" in row]
-        assert (due is not None) == ({0, 1, 2, 3} <= set(done))
-    assert history.sealable(4) == (0, 4)
-    history.apply({"event": "sealed", "children": [0, 4], "file": "a", "sha256": "1"})
-    assert history.sealable(4) == (4, 8) and min(history.unsealed) == 4
-    assert history.sealable(1000) is None
-    history.apply({"event": "sealed", "children": [0, 4], "file": "b", "sha256": "2"})  # written again
-    assert [event["file"] for event in history.sealed] == ["b"]
-
-
-def test_raising_the_budget_ends_completeness() -> None:
-    settings = doubles.config()
-    _, events = straight(settings, lambda number: False)
-    history = History(doubles.problem(settings))
-    for event in events[:-1]:
-        history.apply(event)
-    history.apply({"event": "complete"})
-    assert history.complete is not None
-    history.apply(histories.asked(history.state, history.state, 0, ()))
-    assert history.complete is None
-
-
-@pytest.mark.parametrize(
-    "event",
-    [
-        {"event": "invented"},
-        {"event": "committed", "outcome": {"child": 99, "failure": doubles.FAILURE}},
-        {"event": "attempt", "child": 99, "attempt": "a", "worker": "w"},
-        {"event": "committed", "outcome": {"child": 0, "objectives": {}}},
-        {"no": "event"},
-    ],
-)
-def test_an_event_that_cannot_follow_is_an_error(event: dict[str, Any]) -> None:
-    settings = doubles.config()
-    history = History(doubles.problem(settings))
-    history.apply(straight(settings, lambda number: False)[1][0])
-    with pytest.raises((ValueError, KeyError)):
-        history.apply(event)
-
-
-def test_a_child_and_its_json_are_the_same_thing() -> None:
-    states, _ = straight(doubles.config(), lambda number: False)
-    children = [child for state in states for child in state.in_flight.values()]
-    assert any(len(child.edits) > 1 for child in children)
-    for child in children:
-        assert histories.child_from_json(json.loads(files.dumps(histories.child_to_json(child)))) == child
 
 
 # ---------------------------------------------------------------- epochs and journals
@@ -207,7 +47,7 @@ def open_next(run: Path, *, take_over: bool = False, workers: tuple[str, ...] = 
 
 def lives(run: Path, num_epochs: int, per_epoch: int = 4) -> list[dict[str, Any]]:
     """A few coordinators' lives, one after another; the events they recorded."""
-    events = straight(SETTINGS, lambda number: False)[1][: num_epochs * per_epoch]
+    events = doubles.straight(SETTINGS, lambda number: False)[1][: num_epochs * per_epoch]
     for k in range(num_epochs):
         written = open_next(run)
         written.append(events[k * per_epoch : (k + 1) * per_epoch])
@@ -237,7 +77,7 @@ def test_a_record_goes_on_across_epochs(run: Path) -> None:
 
 
 def test_what_a_superseded_coordinator_still_writes_is_void(run: Path) -> None:
-    events = straight(SETTINGS, lambda number: False)[1]
+    events = doubles.straight(SETTINGS, lambda number: False)[1]
     old = open_next(run)
     old.append(events[:2])
     new = open_next(run)
@@ -292,7 +132,7 @@ def test_a_copy_that_is_gone_is_mended(run: Path, which: int) -> None:
 
 
 def test_a_crash_between_the_copies_is_no_damage_and_the_second_copy_is_completed(run: Path) -> None:
-    events = straight(SETTINGS, lambda number: False)[1]
+    events = doubles.straight(SETTINGS, lambda number: False)[1]
     written = open_next(run)
     written.append(events[:2])
     written._writers[0].append(events[2:3])  # and killed
@@ -316,7 +156,7 @@ def test_a_copy_that_lacks_lines_of_an_epoch_long_past_is_damage(run: Path) -> N
 
 def test_a_reader_beside_a_living_writer_sees_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines that come between the reading of the two copies must not look like a loss."""
-    events = straight(SETTINGS, lambda number: False)[1]
+    events = doubles.straight(SETTINGS, lambda number: False)[1]
     written = open_next(run)
     written.append(events[:1])
     rest, real = iter(events[1:]), Path.read_bytes
@@ -374,7 +214,7 @@ def test_damage_to_both_copies_of_the_last_epoch_is_no_end(run: Path, line: int,
 
 
 def test_events_that_contradict_one_another_are_an_error_in_words(run: Path) -> None:
-    events = straight(SETTINGS, lambda number: False)[1]
+    events = doubles.straight(SETTINGS, lambda number: False)[1]
     written = open_next(run)
     written.append([*events[:2], events[1]])
     written.close()
@@ -385,7 +225,7 @@ def test_events_that_contradict_one_another_are_an_error_in_words(run: Path) -> 
 @pytest.mark.parametrize("writer", [0, 1])
 def test_a_journal_that_failed_takes_no_more(run: Path, writer: int) -> None:
     """Else the first copy could hold the same events twice."""
-    events = straight(SETTINGS, lambda number: False)[1]
+    events = doubles.straight(SETTINGS, lambda number: False)[1]
     written = open_next(run)
     written.append(events[:1])
 
