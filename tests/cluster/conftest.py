@@ -17,6 +17,8 @@ from runs import config, front, lemonade  # noqa: E402
 
 from slurm import USER, Slurm, cluster, wait_for  # noqa: E402
 
+EXPECTED: list[Any] = []
+
 
 @pytest.fixture(scope="module")
 def slurm(request: pytest.FixtureRequest) -> Iterator[Slurm]:
@@ -39,7 +41,9 @@ def home(slurm: Slurm, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def expected(slurm: Slurm) -> list[Any]:
-    """The front of the same search by the local backend."""
+    """The front of the same search by the local backend, made once for all files."""
+    if EXPECTED:
+        return EXPECTED
     home = Path(tempfile.mkdtemp(prefix="local-", dir=slurm.user.pw_dir))
     os.chown(home, slurm.user.pw_uid, slurm.user.pw_gid)
     (home / "local.yaml").write_text(config("local"))
@@ -47,4 +51,5 @@ def expected(slurm: Slurm) -> list[Any]:
     assert code == 0, err
     found = front(slurm, home, "local")
     assert len(found) > 4
-    return found
+    EXPECTED.extend(found)
+    return EXPECTED
