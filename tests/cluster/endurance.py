@@ -132,12 +132,12 @@ def torment(slurm: Slurm, run: Path, left: Counter[str], record: Record, rng: ra
         time.sleep(rng.uniform(0.5, 3.0))
         before, kept = kept, harness.committed(run)
         assert before.items() <= kept.items(), f"{run}: outcomes that were committed are gone or others"
-        if down is not None and (seen := down.seen(slurm)):
-            hit("slurmd", **seen)
-            down.restart(slurm)
+        if down is not None and down.down(slurm):
+            down.restart(slurm, record)
             down = None
         if left["slurmd"] > 0 and down is None:
-            down = kill_slurmd(slurm, rng)
+            if down := kill_slurmd(slurm, rng):
+                hit("slurmd", node=down.node)
             continue
         kind = next((one for one in ("worker", "coordinator") if left[one] > 0 and rng.random() < 0.5), None)
         if kind == "worker" and harness.hurt(run, "supervisor", rng):
@@ -146,7 +146,8 @@ def torment(slurm: Slurm, run: Path, left: Counter[str], record: Record, rng: ra
             grown_from = len(kept)
             hit("coordinator", epoch=epoch)
     if down is not None:
-        down.restart(slurm)
+        wait_for(f"{down.node} is given up", lambda: down.over(slurm), DOWN_S)
+        down.restart(slurm, record)
     logs = "".join(path.read_text()[-2000:] for path in sorted((run / files.SLURM).glob("*.log")))
     told = json.loads(lemonade(slurm, run.parent, "status", run.name, "--json")[1])
     assert told["state"] == "complete", f"{told['state']}\n{logs}"
@@ -181,19 +182,29 @@ class Down:
     jobs: set[str]
     began: float
 
-    def seen(self, slurm: Slurm) -> dict[str, Any] | None:
-        """Once a job that ran there has failed with its node: after how long, and all that ran."""
-        states = {job["name"].rpartition("-")[2]: job["state"] for job in slurm.jobs() if job["id"] in self.jobs}
-        if "NODE_FAIL" not in states.values():
-            return None
-        return {"node": self.node, "after_s": round(time.monotonic() - self.began, 1), "jobs": states}
+    def down(self, slurm: Slurm) -> bool:
+        """Whether Slurm has given the node up, with the jobs that ran there."""
+        return self._state(slurm) == "down"
 
-    def restart(self, slurm: Slurm) -> None:
-        """Start its slurmd again once Slurm has given the node up: sooner, its jobs would be completing for minutes."""
-        state = ("sinfo", "-h", "-n", self.node, "-p", "main", "-o", "%T")
-        wait_for("the node counts as down", lambda: "down" in slurm.run(*state), DOWN_S)
+    def over(self, slurm: Slurm) -> bool:
+        """Whether the node counts as down, or has nothing left: started sooner, its jobs would complete for minutes."""
+        state = self._state(slurm)
+        if state not in ("down", "idle", "drained"):
+            raise RuntimeError(slurm.run("scontrol", "show", "node", self.node))
+        return True
+
+    def restart(self, slurm: Slurm, record: Record) -> None:
+        """Put it on record what has become of the jobs that ran there, and start its slurmd again."""
+        jobs = {job["name"].rpartition("-")[2]: job["state"] for job in slurm.jobs() if job["id"] in self.jobs}
+        state, after_s = self._state(slurm), round(time.monotonic() - self.began, 1)
+        record.add("node", node=self.node, state=state, after_s=after_s, jobs=jobs)
         slurm.start_node(self.node)
-        wait_for("the node is back", lambda: slurm.run(*state).strip() in ("idle", "mixed", "allocated"))
+        if state == "drained":
+            slurm.run("scontrol", "update", f"NodeName={self.node}", "State=RESUME", root=True)
+        wait_for(f"{self.node} is back", lambda: self._state(slurm) in ("idle", "mixed", "allocated"), DOWN_S)
+
+    def _state(self, slurm: Slurm) -> str:
+        return slurm.run("sinfo", "-h", "-n", self.node, "-p", "main", "-o", "%T").strip().rstrip("*")
 
 
 def kill_slurmd(slurm: Slurm, rng: random.Random) -> Down | None:
