@@ -405,7 +405,7 @@ def test_scripts_cannot_be_shown_where_slurm_is_not(run: Path, monkeypatch: pyte
 
 def test_the_status_shows_what_waits_in_the_queue_of_a_run_that_is_not_complete(run: Path, commands: Commands) -> None:
     with pytest.raises(Halted):
-        doubles.search(run, settings(max_workers=1), backend=dying(run))
+        doubles.search(run, settings(max_workers=1, stale_s=0), backend=dying(run))
     id = record.read_identity(run)["run"]
     (run / files.SLURM).mkdir()
     (run / files.SLURM / "coordinator-8.log").touch()
