@@ -104,7 +104,7 @@ def test_killed_trainers_leave_checkpoints_that_others_go_on_from(undisturbed: P
 def test_workers_that_are_signalled_save_their_children(tmp_path: Path) -> None:
     """In a run that takes no checkpoint otherwise. Trainers are signalled too, as Slurm does."""
     run = tmp_path / "run"
-    long = {"initial_epochs": 40, "epochs": 1, "distill_epochs": 1}
+    long = {"initial_epochs": 12, "epochs": 1, "distill_epochs": 1}
     config = harness.write_config(
         tmp_path, cluster={"checkpoint_min": 0}, training=long, search={"children": 1, "accepted": 1}
     )
