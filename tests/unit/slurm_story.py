@@ -109,7 +109,8 @@ class Story:
     def settings(self, **more: Any) -> Config:
         base = {"backend": "slurm", "workers": 4, "cpus_per_worker": 1, "mem_gb": 0.1, "max_array": 20, "time_min": 10}
         coordinator = {"coordinator_time_min": 10, "coordinator_mem_gb": 0.1, "coordinator_extra": {"gres": "gpu:1"}}
-        return doubles.config(cluster=base | coordinator | {"setup": ["sleep 300"]} | more)
+        setup = ["exec sleep 300"]  # not a child of the shell's: killed first, it would let the script go on
+        return doubles.config(cluster=base | coordinator | {"setup": setup} | more)
 
     def check(self, **more: Any) -> None:
         self.ask(f"check {json.dumps(more)}", lambda: slurm.check(self.settings(**more).cluster))
