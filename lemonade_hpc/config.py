@@ -213,6 +213,26 @@ class Cluster(_Section):
         return int(self.device != "cpu") if self.gpus_per_worker is None else self.gpus_per_worker
 
 
+class Container(_Section):
+    """The Apptainer image that Slurm's workers run in."""
+
+    image: str | None = Field(
+        None, description="a .sif file that all nodes see; by default the one that the coordinator is in, if any"
+    )
+    binds: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="folders that are seen inside, by the same names, as the run folder and data.root are anyway"
+    )
+    nv: bool | None = Field(None, description="whether NVIDIA's driver is seen inside; by default where there is one")
+    may_change: bool = Field(False, description="true: a run goes on in another image; which one is on record")
+
+    @model_validator(mode="after")
+    def _absolute(self) -> Container:
+        for path in (*self.binds, *([self.image] if self.image is not None else [])):
+            if not path.startswith("/"):
+                raise ValueError(f"got {path}; give a path that begins with /, which all nodes see")
+        return self
+
+
 class Storage(_Section):
     """What is kept. Weights of dominated children nobody needs are deleted unless `keep: all`."""
 
@@ -233,6 +253,7 @@ class Config(_Section):
     search: Search = Search()
     training: Training = Training()
     cluster: Cluster = Cluster()
+    container: Container = Container()
     storage: Storage = Storage()
 
     @model_validator(mode="after")
@@ -240,6 +261,11 @@ class Config(_Section):
         names = [objective.name for objective in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: a name occurs twice in {names}")
+        if self.container.image is not None and self.cluster.backend != "slurm":
+            raise ValueError(
+                f"container.image is for the workers of backend slurm, not {self.cluster.backend}; to search inside an "
+                f"image on one machine: apptainer exec IMAGE lemonade-hpc search ..."
+            )
         for allowed in (EXPENSIVE_OBJECTIVES, CHEAP_OBJECTIVES):
             if not set(names) & set(allowed):
                 raise ValueError(f"objectives: got {names}; {' or '.join(allowed)} must be among them")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, Config, ConfigError, dump
-from lemonade_hpc.run import queue, record
+from lemonade_hpc.run import container, queue, record
 from lemonade_hpc.run.history import History
 from lemonade_hpc.run.ledger import RunFailed
 
@@ -26,6 +26,7 @@ FIRST = "first"
 MAX_CRASHES = 5
 """Coordinators in a row that may die with no child finished before the chain ends."""
 TEMPLATE = Path(__file__).with_name("coordinator.sbatch")
+PROGRAM = (sys.executable, "-m", "lemonade_hpc.cli")
 
 
 def job_name(run_id: str) -> str:
@@ -36,7 +37,9 @@ def job_name(run_id: str) -> str:
 def script(config: Config, run: Path, name: str) -> str:
     """The batch script of a coordinator of this run, whose folder it is to write to."""
     folder = (run / files.SLURM).resolve()
-    command = [sys.executable, "-m", "lemonade_hpc.cli", "search", str(folder / "config.yaml"), "--run"]
+    arguments = ["search", str(folder / "config.yaml"), "--run", str(run.resolve())]
+    inside = container.is_inside()
+    command = container.coordinator(config, run, arguments) if inside else [*PROGRAM, *arguments]
     values = {
         "name": name,
         "cwd": str(Path.cwd()),
@@ -44,12 +47,9 @@ def script(config: Config, run: Path, name: str) -> str:
         "options": "\n".join(f"#SBATCH --{line}" for line in options(config.cluster)),
         "setup": "\n".join(config.cluster.setup),
         "script": shlex.quote(str(folder / TEMPLATE.name)),
-        "command": shlex.join([*command, str(run.resolve())]),
+        "command": shlex.join(command),
     }
-    text = TEMPLATE.read_text()
-    for key, value in values.items():
-        text = text.replace(f"@{key}@", value)
-    return text
+    return container.filled(TEMPLATE.read_text(), values)
 
 
 def options(cluster: Cluster) -> list[str]:
@@ -76,6 +76,8 @@ def begin(config: Config, run: Path) -> str:
     folder = run / files.SLURM
     files.make_folder(folder)
     files.write(folder / "config.yaml", dump(config))
+    if container.is_inside():
+        container.copy_helper(run)
     files.write(folder / TEMPLATE.name, script(config, run, name).encode())
     command = ("sbatch", "--parsable", str((folder / TEMPLATE.name).resolve()), FIRST)
     try:

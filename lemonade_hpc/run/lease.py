@@ -49,8 +49,10 @@ def read_owner(run: Path, epoch: int) -> dict[str, Any]:
     return content
 
 
-def open_epoch(run: Path, config: Config, loaded: Loaded, workers: Iterable[str], *, take_over: bool) -> Journal:
-    """Become the run's coordinator: the journal of the new epoch.
+def open_epoch(
+    run: Path, config: Config, loaded: Loaded, workers: Iterable[str], *, take_over: bool, image: str | None = None
+) -> Journal:
+    """Become the run's coordinator: the journal of the new epoch. `image`: the digest of its workers' image.
 
     The epoch's folder, with owner, journal and the mailboxes of adopted `workers`, is made aside and renamed into
     place, which is atomic and fails if another coordinator was faster. What the last coordinator wrote after `loaded`
@@ -69,7 +71,7 @@ def open_epoch(run: Path, config: Config, loaded: Loaded, workers: Iterable[str]
     except PermissionError as error:
         raise ConfigError(f"{aside.parent}: no permission to write there") from error
     try:
-        link = _prepare(run, aside, number, config, loaded, workers)
+        link = _prepare(run, aside, number, config, loaded, workers, image)
         os.rename(aside, run / files.epoch_folder(number))
     except Exception as error:
         beaten = (run / files.epoch_folder(number)).exists() or not aside.exists()  # the winner may have tidied up
@@ -89,7 +91,9 @@ def open_epoch(run: Path, config: Config, loaded: Loaded, workers: Iterable[str]
     return Journal(run, number, link)
 
 
-def _prepare(run: Path, aside: Path, number: int, config: Config, loaded: Loaded, workers: Iterable[str]) -> str:
+def _prepare(
+    run: Path, aside: Path, number: int, config: Config, loaded: Loaded, workers: Iterable[str], image: str | None
+) -> str:
     """Fill a new epoch's folder; the link of its journal's first line."""
     before = {"epoch": loaded.epoch, "records": loaded.history.num_records, "link": loaded.link}
     header = {
@@ -100,7 +104,7 @@ def _prepare(run: Path, aside: Path, number: int, config: Config, loaded: Loaded
         "children": config.search.children,
         "retries": config.cluster.retries,
     }
-    who = {"owner": owner.identity(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": __version__}
+    who = {"owner": owner.identity(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": __version__, "image": image}
     files.write_json(aside / "owner.json", who | {"config": to_dict(config)})
     for name in (files.heartbeat(number), files.stop_order(number)):
         files.write(aside / name.name, b"")

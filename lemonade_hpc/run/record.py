@@ -32,12 +32,13 @@ DATA_KEYS = ("checksum", "shape", "num_classes", "majority_error", "num_train", 
 # ---------------------------------------------------------------- identity
 
 
-def identity(config: Config, data: DataSet, fixed: Problem) -> dict[str, Any]:
-    """What `run.json` says of a new run: written once, never changed."""
+def identity(config: Config, data: DataSet, fixed: Problem, image: str | None) -> dict[str, Any]:
+    """What `run.json` says of a new run: written once, never changed. `image`: the digest of its workers' image."""
     return {
         "run": uuid.uuid4().hex,
         "schema": SCHEMA,
         "code": __version__,
+        "image": image,
         "config": to_dict(config),
         "data": {
             "checksum": data.checksum,

@@ -14,13 +14,13 @@ SIGNAL_S = 30
 """Slurm signals a worker this long before its time limit, which it has left a little before by itself."""
 
 
-def script(cluster: Cluster, name: str, folder: Path) -> str:
-    """The batch script of one worker."""
+def script(cluster: Cluster, name: str, folder: Path, python: str | None = None) -> str:
+    """The batch script of one worker; `python`: the shell words that are Python there, by default this one's."""
     from submitit import SlurmExecutor
 
-    executor = SlurmExecutor(folder=folder)
+    executor = SlurmExecutor(folder=folder, python=python)
     executor.update_parameters(**parameters(cluster, name))
-    return str(executor._make_submission_file_text("true", "check"))
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "check"))
 
 
 def parameters(cluster: Cluster, name: str, avoid: Collection[str] = ()) -> dict[str, Any]:

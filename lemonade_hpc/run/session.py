@@ -18,8 +18,9 @@ from typing import Any
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
-from lemonade_hpc.run import backends, chain, lease, population, queue, record, request, slurm
+from lemonade_hpc.run import backends, chain, container, lease, population, queue, record, request, slurm
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
+from lemonade_hpc.run.container import Image
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
 from lemonade_hpc.run.history import History
 from lemonade_hpc.run.ledger import Halted, RunFailed
@@ -28,7 +29,7 @@ from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
 from lemonade_hpc.search.ops import Signature
 
-MAY_CHANGE = ("cluster", "storage", "search.children", "data.root")
+MAY_CHANGE = ("cluster", "container", "storage", "search.children", "data.root")
 """Keys that may differ when a run goes on: its numbers stay comparable. What data.root leads to must be the same."""
 
 
@@ -46,8 +47,9 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     config = resolve(config, data.shape)
     if new := not (run / files.RUN).exists():
         _check_backend(config)
+    image = container.read(config)
     try:
-        fixed = _prepare(config, data, run)
+        fixed = _prepare(config, data, run, image)
         journal = None
         while journal is None:
             try:
@@ -62,7 +64,8 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                 if not new and chain.begun_by_a_person():
                     _check_backend(config)
                 chain.refuse_crash_loop(history, observer.note)
-                journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over)
+                digest = image.sha256 if image else None
+                journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over, image=digest)
             except lease.Behind:
                 pass
             except lease.Held as held:
@@ -72,7 +75,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                 time.sleep(HELD_S)
         for text in (*loaded.warnings, *loaded.late, *_overspent(history)):
             observer.note(text)
-        coordinator = Coordinator(run, config, history, journal, _backend(run, config, observer), observer)
+        coordinator = Coordinator(run, config, history, journal, _backend(run, config, image, observer), observer)
         with _signals(coordinator):
             try:
                 coordinator.adopt()
@@ -98,7 +101,7 @@ def submit(config: Config, run: Path) -> str:
     config, data = _to_submit(config)
     _check_backend(config)
     slurm.check_script(chain.script(config, run, chain.job_name("check")), "the coordinator's job")
-    _prepare(config, data, run)
+    _prepare(config, data, run, container.read(config))
     lease.check_free(run, take_over=False)
     return chain.begin(config, run)
 
@@ -110,7 +113,8 @@ def submission(config: Config, run: Path) -> tuple[str, str]:
     new = not (run / files.RUN).exists()
     run_id = "x" * 8 if new else record.read_identity(run)["run"]
     folder = run / files.WORKERS / "e1w00" / "job"
-    worker = request.script(config.cluster, f"{queue.prefix(run_id)}e1w00", folder)
+    python = container.worker_python(run) if container.path_of(config) else None
+    worker = request.script(config.cluster, f"{queue.prefix(run_id)}e1w00", folder, python)
     return chain.script(config, run, chain.job_name(run_id)), worker
 
 
@@ -124,6 +128,7 @@ def _to_submit(config: Config) -> tuple[Config, data_sets.DataSet]:
 def _check_backend(config: Config) -> None:
     """Raise ConfigError where no worker could be started, as far as that can be known beforehand."""
     if config.cluster.backend == "slurm":
+        container.check(config)
         slurm.check(config.cluster)
     elif config.cluster.device == "cuda" and not backends.may_have_gpu():
         raise ConfigError("cluster.device: got cuda, but this machine has no GPU; allowed: auto, cpu, cuda")
@@ -144,10 +149,10 @@ def _nothing_to_do(run: Path, loaded: Loaded) -> bool:
     return all(population.damage(run, event) is None for event in (*history.sealed, history.complete))
 
 
-def _prepare(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
+def _prepare(config: Config, data: data_sets.DataSet, run: Path, image: Image | None) -> Problem:
     """Check configuration and folder against each other; write `run.json` where the run is new."""
     if (run / files.RUN).exists():
-        return _go_on(config, data, run)
+        return _go_on(config, data, run, image)
     try:
         fixed = evolution.problem(config, Signature(data.shape, data.num_classes), data.majority_error)
     except ValueError as error:
@@ -161,9 +166,11 @@ def _prepare(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
         )
     try:
         files.make_folder(run)
-        files.write_json(run / files.RUN, record.identity(config, data, fixed), new=True)
+        files.write_json(
+            run / files.RUN, record.identity(config, data, fixed, image.sha256 if image else None), new=True
+        )
     except FileExistsError:
-        return _go_on(config, data, run)
+        return _go_on(config, data, run, image)
     except OSError as error:
         if error.errno in files.STORAGE_ERRORS:
             raise
@@ -171,10 +178,11 @@ def _prepare(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
     return fixed
 
 
-def _go_on(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
+def _go_on(config: Config, data: data_sets.DataSet, run: Path, image: Image | None) -> Problem:
     """The fixed part of a run that has a `run.json`."""
     content = record.read_identity(run)
     _same(content, config, data, run)
+    _same_image(content, config, run, image)
     if not os.access(run, os.W_OK):
         raise ConfigError(f"{run}: no permission to write there")
     return record.problem_of(run, content, config)
@@ -197,6 +205,20 @@ def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run:
         raise ConfigError(f"{run}: was started with other data than {source} gives now (checksum differs)")
 
 
+def _same_image(content: dict[str, Any], config: Config, run: Path, image: Image | None) -> None:
+    """Refuse to go on in another image than last, unless that is allowed: what computes may compute otherwise."""
+    numbers = files.epochs(run)
+    before = (lease.read_owner(run, numbers[-1]) if numbers else content).get("image")
+    now = image.sha256 if image else None
+    if before == now or config.container.may_change:
+        return
+    was, is_ = (f"in the image {digest:.12}" if digest else "in none" for digest in (before, now))
+    raise ConfigError(
+        f"{run}: its workers ran {was}, now it is {is_}{f' ({image.path})' if image else ''} (SHA-256). Give the same "
+        f"image, or allow it by container.may_change: true, which is put on record"
+    )
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings and lists as one mapping with dotted keys."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
@@ -208,10 +230,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _backend(run: Path, config: Config, observer: Observer) -> Backend:
+def _backend(run: Path, config: Config, image: Image | None, observer: Observer) -> Backend:
     if config.cluster.backend == "slurm":
         run_id, at_once = record.read_identity(run)["run"], chain.begun_by_a_person()
-        return slurm.SlurmBackend(run, run_id, config.cluster, observer.note, at_once=at_once)
+        start = container.prepare(image, config, run) if image else None
+        return slurm.SlurmBackend(run, run_id, config.cluster, observer.note, at_once=at_once, start=start)
     return (InlineBackend if config.cluster.backend == "inline" else LocalBackend)(run, config.cluster)
 
 

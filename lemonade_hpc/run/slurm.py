@@ -59,7 +59,7 @@ def check_commands() -> None:
     if missing:
         raise ConfigError(
             f"cluster.backend: got slurm, but {', '.join(missing)} cannot be found here; go to a node where jobs are "
-            f"submitted, or use backend: local"
+            f"submitted (from inside an image: start it by the helper, see slurm/README.md), or use backend: local"
         )
 
 
@@ -104,16 +104,19 @@ def _may_pass(said: str) -> bool:
 class SlurmBackend:
     """The workers of a run on a cluster. `run_id` tells its jobs from those of other runs.
 
-    `at_once`: whether Slurm may be called at once; a successor's predecessor may have called it a moment ago.
+    `at_once`: whether Slurm may be called at once; a successor's predecessor may have called it a moment ago. `start`:
+    asked before every launch for the shell words that are Python for a worker, by default this process's; may raise
+    Refused.
     """
 
     lasting = excludes = True
 
     def __init__(
-        self, run: Path, run_id: str, cluster: Cluster, note: Callable[[str], None], *, at_once: bool = True
-    ) -> None:
+        self, run: Path, run_id: str, cluster: Cluster, note: Callable[[str], None], *, at_once: bool = True,
+        start: Callable[[], str] | None = None,
+    ) -> None:  # fmt: skip
         self._run, self._cluster, self._note = run.resolve(), cluster, note
-        self._run_id = run_id
+        self._run_id, self._start = run_id, start
         self.gpus = gpus_of(cluster)
         self._places: dict[str, queue.Place] = {}
         self._heard_at: dict[str, float] = {}
@@ -180,9 +183,10 @@ class SlurmBackend:
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError
 
+        python = self._start() if self._start else None
         self._places |= {name: (names[0], place) for place, name in enumerate(names)}
         self._submitted_at = time.monotonic()
-        executor = SlurmExecutor(folder=self._folder(names[0]))
+        executor = SlurmExecutor(folder=self._folder(names[0]), python=python)
         executor.update_parameters(**parameters(self._cluster, queue.prefix(self._run_id) + names[0], avoid))
         try:
             jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)

@@ -1,0 +1,163 @@
+"""The image that workers run in: which one it is, whether it is still the same, and how a worker is started inside.
+
+Decides: which folders of the host a worker sees, by their own names, and what makes two images the same: every bit. A
+coordinator inside an image starts its workers in the same one. How something is started inside at all, and what it
+sees of the environment, is `host/helper.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lemonade_hpc import files
+from lemonade_hpc.config import Config, ConfigError, load
+from lemonade_hpc.run.backends import Refused
+from lemonade_hpc.run.host import helper
+
+AROUND = "APPTAINER_CONTAINER"
+"""Names the image that a process is in."""
+HELPER = Path(helper.__file__)
+WORKER = HELPER.with_name("worker.sh")
+APART = frozenset(",:")
+"""Separate the folders to bind, so that none can have them in its name."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image as it was read: its path, the SHA-256 of its content, and what tells without reading that it changed."""
+
+    path: Path
+    sha256: str
+    stamp: tuple[int, int, int]
+
+    def changed(self) -> str | None:
+        """Why it is not the same any more; None where it is."""
+        try:
+            if _stamp(self.path) == self.stamp or _digest(self.path) == self.sha256:
+                return None
+        except OSError as error:
+            return f"{self.path}: {error.strerror}"
+        return f"{self.path}: is another image now than when this coordinator began; go on with the same command"
+
+
+def path_of(config: Config) -> Path | None:
+    """The image of a run's workers; None where they are in none."""
+    if config.cluster.backend != "slurm":
+        return None
+    given = config.container.image or os.environ.get(AROUND)
+    return Path(given).absolute() if given else None
+
+
+def read(config: Config) -> Image | None:
+    """The image of a run's workers, read through; raises ConfigError where that cannot be."""
+    path = path_of(config)
+    if path is None:
+        return None
+    try:
+        return Image(path, _digest(path), _stamp(path))
+    except OSError as error:
+        raise ConfigError(
+            f"container.image: {path}: {error.strerror}; give an image (.sif) that every node can read"
+        ) from error
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError where workers could not be started in their image, as far as that can be seen here."""
+    if path_of(config) is None:
+        return
+    if not is_inside() and shutil.which("apptainer") is None:
+        raise ConfigError(
+            "container.image: apptainer cannot be found here; it may be a module: load it, also in cluster.setup"
+        )
+    for folder in config.container.binds:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"container.binds: {folder}: no such folder")
+
+
+def is_inside() -> bool:
+    """Whether this process is in an image."""
+    return AROUND in os.environ
+
+
+def folders(config: Config) -> list[str]:
+    """What a run needs to see beside its own folder; raises ConfigError for a name that cannot be bound."""
+    root = [] if config.data.root is None else [os.path.abspath(config.data.root)]
+    named = [*config.container.binds, *root]
+    for folder in named:
+        if APART & set(folder):
+            raise ConfigError(f"container: {folder}: a folder with a comma or a colon in its name cannot be bound")
+    return named
+
+
+def worker_python(run: Path) -> str:
+    """The shell words that are Python for a worker of this run: a script in its folder (`prepare`)."""
+    return shlex.join(["sh", str((run / files.SLURM / WORKER.name).resolve())])
+
+
+def prepare(image: Image, config: Config, run: Path) -> Callable[[], str]:
+    """Write that script. What is returned tells the words for as long as the image is the same, else raises Refused."""
+    binds = [str(run.resolve()), *folders(config)]
+    nv = {None: f"$([ -e {helper.DEVICE} ] && echo --nv)", True: "--nv", False: ""}[config.container.nv]
+    begin, last = helper.inside(str(image.path), binds, nv=False)[:-1], shlex.quote(str(image.path))
+    values = {"kept": helper.KEPT, "start": f"{shlex.join(begin)} {nv} {last}"}
+    files.make_folder(run / files.SLURM)
+    files.write(run / files.SLURM / WORKER.name, filled(WORKER.read_text(), values).encode())
+
+    def python() -> str:
+        if (why := image.changed()) is not None:
+            raise Refused(why)
+        return worker_python(run)
+
+    return python
+
+
+def coordinator(config: Config, run: Path, arguments: list[str]) -> list[str]:
+    """The words that start a coordinator in the image that this one is in, from outside: by the helper's copy."""
+    image, copy = os.environ[AROUND], (run / files.SLURM / HELPER.name).resolve()
+    binds = [word for folder in folders(config) for word in ("--bind", folder)]
+    return ["python3", str(copy), "--image", image, *binds, *arguments]
+
+
+def copy_helper(run: Path) -> None:
+    """Put it into the run folder, for those words."""
+    files.write(run / files.SLURM / HELPER.name, HELPER.read_bytes())
+
+
+def filled(text: str, values: dict[str, Any]) -> str:
+    """A template with its `@key@` replaced."""
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", str(value))
+    return text
+
+
+def main(source: str) -> int:
+    """Print the folders that a configuration names, as JSON: asked by the helper before a command is started inside."""
+    try:
+        print(json.dumps([folder for folder in folders(load(source)) if os.path.exists(folder)]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
