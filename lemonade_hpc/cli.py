@@ -159,6 +159,29 @@ def _draw(run: Path, content: dict[str, Any], fixed: Problem, loaded: Loaded, pa
     )
 
 
+@app.command()
+def doctor(
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped name: digits")],
+    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="run folder; default: CONFIG's name")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check whether this site can run the search, and say what to change."""
+    settings, folder = config.load(source), run if run is not None else Path(Path(source).stem)
+
+    from lemonade_hpc.run import checks
+    from lemonade_hpc.run.doctor import doctor as made
+    from lemonade_hpc.view import tables
+
+    found = made(settings, folder)
+    if as_json:
+        rows = [{"check": one.name, "state": one.state, "seen": one.seen, "fix": one.fix} for one in found]
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        tables.console().print(tables.doctor_table(found))
+    if any(one.state == checks.FAIL for one in found):
+        raise typer.Exit(FAILED)
+
+
 @app.command("status")
 def show_status(
     run: RunFolder,

@@ -152,7 +152,7 @@ def filled(text: str, values: dict[str, Any]) -> str:
 def main(source: str) -> int:
     """Print the folders that a configuration names, as JSON: asked by the helper before a command is started inside."""
     try:
-        print(json.dumps([folder for folder in folders(load(source)) if os.path.exists(folder)]))
+        print(json.dumps(folders(load(source))))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

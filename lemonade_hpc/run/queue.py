@@ -151,10 +151,21 @@ def _is_due(row: Sequence[str], unqueued: bool) -> bool:
     return "[" not in row[0] or (unqueued and row[2].partition(" ")[0] in ENDED)
 
 
+def settings() -> dict[str, str]:
+    """Slurm's own configuration, as far as it is told."""
+    told = ask("scontrol", "show", "config") or ""
+    return dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", told, re.MULTILINE))
+
+
+def number(told: str | None) -> int | None:
+    """The number that a setting begins with, as in "300 sec"."""
+    found = re.match(r"\d+", told or "")
+    return int(found[0]) if found else None
+
+
 def max_array_size() -> int | None:
     """MaxArraySize, the first index that no task may have; None where it is not told."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config") or "", re.MULTILINE)
-    return int(found[1]) if found else None
+    return number(settings().get("MaxArraySize"))
 
 
 def _named(

@@ -80,13 +80,18 @@ def check_script(text: str, what: str) -> str | None:
     Raises ConfigError with what it says where it never would.
     """
     said = refusal(text)
-    if said is not None and not _may_pass(said) and not CROWDED.search(said) and NODES_MAY_BE_DOWN not in said.lower():
+    if said is not None and not may_pass(said) and not CROWDED.search(said) and NODES_MAY_BE_DOWN not in said.lower():
         raise ConfigError(f"cluster: Slurm refuses {what}. It says: {said}")
     return said
 
 
 def refusal(text: str, *options: str) -> str | None:
     """Why Slurm would not take such a job now; None where it would, or does not answer."""
+    return tested(text, *options) or None
+
+
+def tested(text: str, *options: str) -> str | None:
+    """Why Slurm would not take such a job now, empty where it would; None where it does not answer."""
     command = ("sbatch", "--test-only", *options)
     try:
         done = subprocess.run(
@@ -94,10 +99,11 @@ def refusal(text: str, *options: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stderr.strip() if done.returncode else None
+    return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
 
 
-def _may_pass(said: str) -> bool:
+def may_pass(said: str) -> bool:
+    """Whether the same call may succeed later, or has succeeded."""
     return any(words in said.lower() for words in TRANSIENT)
 
 
@@ -196,7 +202,7 @@ class SlurmBackend:
                 for name in names:
                     del self._places[name]
                 raise NotNow(f"sbatch takes no {len(names)} more jobs now, so fewer workers run: {error}") from error
-            if not _may_pass(str(error)):
+            if not may_pass(str(error)):
                 raise Refused(str(error)) from error
             self._note(f"sbatch failed, which may pass: {error}")
         else:

@@ -1,4 +1,4 @@
-"""Tables for people: the front, the state of a run, the checks of `verify`.
+"""Tables for people: the front, the state of a run, the checks of `verify` and `doctor`.
 
 Decides: how numbers are written, and what gives way in 80 columns. An error measured on few images has an interval, and
 it is shown. Nothing printed is taken for markup: paths and error messages hold brackets too.
@@ -17,6 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lemonade_hpc.run.checks import FAIL, OK, WARN, Check
 from lemonade_hpc.run.queue import ENDED
 from lemonade_hpc.search.morphisms import Edit
 from lemonade_hpc.search.morphisms import from_json as edits_from_json
@@ -222,6 +223,19 @@ def checks_table(checks: Sequence[tuple[str, list[str]]]) -> Table:
         table.add_row(Text("ok", style="green") if not faults else Text("FAULT", style="red"), name)
         for fault in faults:
             table.add_row("", fault)
+    return table
+
+
+STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}
+
+
+def doctor_table(checks: Sequence[Check]) -> Table:
+    """Show one line per check of `doctor`, and beneath it what to do where it is not ok."""
+    table = Table(show_header=False, box=None)
+    for check in checks:
+        table.add_row(Text(check.state, style=STYLES[check.state]), check.name, check.seen)
+        if check.fix:
+            table.add_row("", "", f"fix: {check.fix}")
     return table
 
 

@@ -5,23 +5,30 @@
 
 Decides: what of the host is seen inside (folders, by their own names; variables), and which commands of Slurm's, with
 which words, are run for what is inside. Those that it is not told of here are refused; all are written down in the
-run folder, `slurm/helper-*.log`. Standard library of Python 3.6 only: beside Apptainer, it is all that a cluster needs.
+run folder, `slurm/helper-*.log`. For `doctor`: what only the host can tell, and whether anything can be started inside.
+Standard library of Python 3.6 only: beside Apptainer, it is all that a cluster needs.
 """
 
 import argparse
+import errno
+import getpass
+import hashlib
 import json
 import os
+import platform
 import re
+import shlex
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 SOCKET = "LEMONADE_SOCKET"
 SHIMS = "/opt/lemonade/shims"
@@ -65,6 +72,7 @@ WORDS = {
     "scontrol": (r"show", r"config", r"job", r"--oneliner"),
     "sacct": (r"-[XnPSjo]", r"--name", NAMES, JOB, r"now-\d+days", r"[A-Za-z,]+"),
     "sinfo": (r"--(all|Node|noheader)", r"--format=[%|A-Za-z]+"),
+    "sacctmgr": (r"--(readonly|noheader|parsable2)", r"show", r"assoc", r"user=[A-Za-z0-9_.@-]+", r"format=[A-Za-z,]+"),
 }  # type: Dict[str, Tuple[str, ...]]
 """What each command may be given, besides a script of sbatch's."""
 
@@ -92,6 +100,8 @@ def granted(request: Any, root: str) -> Tuple[List[str], str, str]:
         plain = _without_script(plain, words, root)
     if plain:
         raise Refused("{}: {!r} is not among the words it may be given".format(name, plain[0]))
+    if text and name != "sbatch":  # without words, scontrol and sacctmgr would carry it out
+        raise Refused("{}: only sbatch is given an input".format(name))
     return command, cwd if os.path.isdir(cwd) else root, text
 
 
@@ -265,11 +275,17 @@ def run_folder(words: List[str]) -> str:
             return os.path.abspath(word[6:])
         if word == "--run" and place + 1 < len(words):
             return os.path.abspath(words[place + 1])
-    name = next((word for word in words[1:] if not word.startswith("-")), "")
+    name = _first(words) or ""
     return os.path.abspath(os.path.splitext(os.path.basename(name))[0] if words[0] in WITH_CONFIG else name)
 
 
-def _existing(path: str) -> str:
+def _first(words: List[str]) -> Optional[str]:
+    """The first word after the command that is neither an option nor the value of --run."""
+    places = range(1, len(words))
+    return next((words[k] for k in places if not words[k].startswith("-") and words[k - 1] != "--run"), None)
+
+
+def existing(path: str) -> str:
     """The folder that a path is, or is in; or the first one above that is there."""
     path = os.path.abspath(path)
     while not os.path.isdir(path):
@@ -280,25 +296,178 @@ def _existing(path: str) -> str:
 def _folders(image: str, words: List[str], environ: Dict[str, str]) -> List[str]:
     """Folders that a command needs: those of the paths on its command line, and what its configuration names."""
     named = [os.getcwd(), run_folder(words), *(word for word in words[1:] if os.path.exists(word))]
-    folders = [folder for folder in map(_existing, named) if folder != "/"]
-    config = next((word for word in words[1:] if not word.startswith("-")), None)
+    folders = [folder for folder in map(existing, named) if folder != "/"]
+    config = _first(words)
     if words[0] in WITH_CONFIG and config is not None:
         ask = [*inside(image, folders), "python3", "-m", "lemonade_hpc.run.container", config]
         done = subprocess.run(ask, env=environ, stdout=subprocess.PIPE)
         if done.returncode:
             sys.exit(done.returncode)
-        folders += json.loads(done.stdout.decode())
+        folders += filter(os.path.exists, json.loads(done.stdout.decode()))
     return folders
 
 
 def _image(given: Optional[str]) -> str:
-    """The image to use; exits where there is none."""
+    """The image to use, whether or not it can be read."""
     here = os.path.dirname(os.path.abspath(__file__))
     tried = [given] if given else [os.path.join(folder, "lemonade.sif") for folder in (os.getcwd(), here)]
-    for path in tried:
-        if os.access(path, os.R_OK):
-            return os.path.abspath(path)
-    sys.exit("error: no image that can be read: {}; name one by --image or LEMONADE_IMAGE".format(", ".join(tried)))
+    return os.path.abspath(next((path for path in tried if os.access(path, os.R_OK)), tried[0]))
+
+
+# ---------------------------------------------------------------- what is seen of the host, for `doctor`
+
+HOST = "LEMONADE_HOST"
+"""Tells `doctor` inside what `host` has found, as JSON."""
+OK, WARN, FAIL = "ok", "warn", "fail"
+LEAST = (1, 1)
+"""Apptainer's version that has all that is used here, and needs nothing of root's."""
+START_S, QUICK_S = 300.0, 10.0
+"""How long a start may take, and up to when it is tried again for a median."""
+MOUNTS = (
+    ("unpacked", r"Converting SIF file to temporary sandbox"),
+    ("mounted by FUSE", r"Executing \S*squashfuse"),
+    ("mounted by the kernel", r"of type squashfs"),
+)
+"""How an image becomes a file system, by what Apptainer says with --debug."""
+FUSE_FIX = "ask the site for squashfuse, and for /dev/fuse to be open to users (chmod 666); until then, "
+STARTS = (
+    (
+        r"/dev/fuse|fusermount",
+        FUSE_FIX + "here and in cluster.setup: export APPTAINER_UNSQUASH=1, with which each start unpacks the image",
+    ),
+    (r"user ?namespace", "ask the site for user namespaces (sysctl user.max_user_namespaces), or apptainer-suid"),
+    (r"not recognized|squashfs image", "copy the image again: it is damaged (compare the sha256sum), or is none"),
+    (r"unknown flag", "ask the site for a newer Apptainer; there may be a module"),
+)
+"""What to do where it does not start, by what it says."""
+
+
+def check(name: str, state: str, seen: str, fix: str = "") -> Dict[str, str]:
+    """One line of `doctor`."""
+    return {"check": name, "state": state, "seen": seen, "fix": fix}
+
+
+def host(image: Optional[str], folders: Iterable[str], nv: Optional[bool] = None) -> Dict[str, Any]:
+    """What can be known of this machine from outside alone: checks, and facts that others need.
+
+    Where something is to run in an `image`, which is to see `folders`: whether that can be.
+    """
+    words = platform.python_version(), os.confstr("CS_GNU_LIBC_VERSION"), platform.release()
+    checks = [check("this machine", OK, "{}: Python {}, {}, Linux {}".format(socket.gethostname(), *words))]
+    with open(os.path.abspath(__file__), "rb") as file:
+        itself = hashlib.sha256(file.read()).hexdigest()
+    return {
+        "checks": checks + (list(_startable(image, list(folders), nv)) if image else []),
+        "commands": [name for name in (*WORDS, "srun") if shutil.which(name)],
+        "user": getpass.getuser(),
+        "gpu": os.path.exists(DEVICE),
+        "helper": itself,
+    }
+
+
+def _startable(image: str, folders: List[str], nv: Optional[bool]) -> Iterator[Dict[str, str]]:
+    """Whether something can be started in an image, and sees these folders; a check that fails is the last."""
+    environ = environment(os.environ)
+    found = _apptainer(environ), _readable(image)
+    for one in found:
+        yield one
+    if any(one["state"] == FAIL for one in found):
+        return
+    started = _start(image, environ, nv)
+    yield started
+    if started["state"] != FAIL:
+        yield _bound(image, folders, environ, nv)
+
+
+def _apptainer(environ: Dict[str, str]) -> Dict[str, str]:
+    name, path = "Apptainer", shutil.which("apptainer")
+    if path is None:
+        return check(name, FAIL, "no apptainer on PATH", "it may be a module: module load apptainer (or ask the site)")
+    code, out, err, _ = _timed(["apptainer", "--version"], environ)
+    number = re.search(r"(\d+)\.(\d+)\S*", out)
+    if code or number is None:
+        return check(name, FAIL, "{}: {}".format(path, (err or out).strip()), "ask the site to mend its Apptainer")
+    seen = "{}, {}".format(number.group(), path)
+    if (int(number.group(1)), int(number.group(2))) < LEAST:
+        return check(name, WARN, seen, "ask the site for {}.{} or newer; there may be a module".format(*LEAST))
+    return check(name, OK, seen)
+
+
+def _readable(image: str) -> Dict[str, str]:
+    try:
+        with open(image, "rb") as file:
+            file.read(1)
+            return check("image", OK, "{}, {:,.0f} MB".format(image, os.fstat(file.fileno()).st_size / 1e6))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            fix = "have its owner open it: chmod a+r {}, and a+x of the folders above".format(shlex.quote(image))
+        else:
+            fix = "copy the image (.sif) there, or name another: --image, LEMONADE_IMAGE, container.image"
+        return check("image", FAIL, "{}: {}".format(image, error.strerror), fix)
+
+
+def _start(image: str, environ: Dict[str, str], nv: Optional[bool]) -> Dict[str, str]:
+    """How it is mounted, and how long `true` takes inside it."""
+    name, words = "start", inside(image, [], nv)
+    code, out, err, took = _timed([words[0], "--debug", *words[1:], "true"], environ)
+    if code:
+        lines = re.sub(r"\x1b\[\d*m", "", err).strip().splitlines() or ["exit code {}".format(code)]
+        said = [line for line in lines if re.match("FATAL|ERROR|Error", line)] or lines
+        why = re.sub(r"^(FATAL|ERROR)\s*:?\s*(\[\S*\]\s+\S+\(\)\s+)?", "", said[-1])
+        fix = next((fix for pattern, fix in STARTS if re.search(pattern, why)), None)
+        return check(name, FAIL, why, fix or "find out what Apptainer lacks: {} true".format(" ".join(words)))
+    times = [took] + [_timed([*words, "true"], environ)[3] for _ in range(2 if took < QUICK_S else 0)]
+    how = next((how for how, pattern in MOUNTS if re.search(pattern, err)), "mounted in an unknown way")
+    seen = "{}, {:.2f} s to start".format(how, statistics.median(times))
+    if how == MOUNTS[0][0]:
+        fix = FUSE_FIX + "$APPTAINER_TMPDIR (/tmp) of a node must have room for the image, once for each worker"
+        return check(name, WARN, seen + " each time, since FUSE cannot be used", fix)
+    return check(name, OK, seen)
+
+
+def _bound(image: str, folders: List[str], environ: Dict[str, str], nv: Optional[bool]) -> Dict[str, str]:
+    """Whether the folders are inside what they are outside: the same device, the same inode."""
+    name, missing = "binds", [folder for folder in folders if not os.path.exists(folder)]
+    if missing:
+        fix = "make that folder, or correct its name: --bind, container.binds, data.root"
+        return check(name, FAIL, "no such folder: {}".format(", ".join(missing)), fix)
+    wanted = outermost(folder for folder in folders if folder != "/")
+    _, out, err, _ = _timed([*inside(image, wanted, nv), "stat", "-L", "-c", "%d %i %n", *wanted], environ)
+    outside = {folder: "{0.st_dev} {0.st_ino} {1}".format(os.stat(folder), folder) for folder in wanted}
+    other = [folder for folder in wanted if outside[folder] not in out.splitlines()]
+    if not other:
+        return check(name, OK, "the same inside: {}".format(", ".join(wanted)))
+    warned = re.findall(r"^(?:WARNING|FATAL): *(.* (?:bind|mount).*)", err, re.MULTILINE)
+    seen = "inside the image not what it is outside: {}".format(", ".join(other))
+    fix = "ask the site to let users bind folders (user bind control = yes in apptainer.conf)"
+    return check(name, FAIL, ". Apptainer says: ".join([seen, *warned[:1]]), fix)
+
+
+def _timed(words: List[str], environ: Dict[str, str]) -> Tuple[int, str, str, float]:
+    """A command's exit code, output and complaints, and the seconds it took."""
+    began, pipe = time.monotonic(), subprocess.PIPE
+    try:
+        done = subprocess.run(words, env=environ, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=START_S)
+        code, out, err = done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+    except OSError as error:
+        code, out, err = NOT_FOUND, "", str(error)
+    except subprocess.TimeoutExpired:
+        code, out, err = TIMED_OUT, "", "no end after {:g} s".format(START_S)
+    return code, out, err, time.monotonic() - began
+
+
+def show(checks: List[Dict[str, str]], as_json: bool) -> None:
+    """Print checks as `doctor` does."""
+    if as_json:
+        print(json.dumps(checks, indent=1))
+        return
+    for one in checks:
+        print("{0[state]:<4}  {0[check]:<18}  {0[seen]}".format(one))
+        if one["fix"]:
+            print(26 * " " + "fix: " + one["fix"])
+
+
+# ---------------------------------------------------------------- the command
 
 
 def main(arguments: List[str]) -> int:
@@ -309,14 +478,23 @@ def main(arguments: List[str]) -> int:
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="a command of lemonade-hpc")
     given = parser.parse_args(arguments)
     words = given.words or ["--help"]
+    image, environ, run = _image(given.image), environment(os.environ), run_folder(words)
+    told = {}  # type: Dict[str, str]
+    if words[0] == "doctor":
+        seen_of_host = host(image, [os.getcwd(), existing(run), *given.bind])
+        if any(check["state"] == FAIL for check in seen_of_host["checks"]):
+            show(seen_of_host["checks"], "--json" in words)
+            return 1
+        told["APPTAINERENV_" + HOST] = json.dumps(seen_of_host)
     if shutil.which("apptainer") is None:
         sys.exit("error: apptainer cannot be found here; it may be a module: module load apptainer")
-    image, environ, run = _image(given.image), environment(os.environ), run_folder(words)
+    if not os.access(image, os.R_OK):
+        sys.exit("error: no image that can be read: {}; name one by --image or LEMONADE_IMAGE".format(image))
     folders = [image, *given.bind, *_folders(image, words, environ)]
     helper = Helper(run, os.path.join(run, "slurm", "helper-{}-{}.log".format(socket.gethostname(), os.getpid())))
     try:
         folders.append(helper.folder)
-        seen = {"APPTAINERENV_" + SOCKET: helper.path, "APPTAINERENV_PREPEND_PATH": SHIMS}
+        seen = {"APPTAINERENV_" + SOCKET: helper.path, "APPTAINERENV_PREPEND_PATH": SHIMS, **told}
         process = subprocess.Popen([*inside(image, folders), "lemonade-hpc", *words], env={**environ, **seen})
         for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(which, lambda number, frame: process.send_signal(number))
