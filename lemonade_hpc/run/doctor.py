@@ -138,7 +138,7 @@ def _seen_inside(config: Config, image: Path, site: Site) -> Iterator[Check]:
     missing = [one for one in config.container.binds if not os.path.isdir(one)]
     if missing:
         fix = "make that folder, or correct its name: container.binds"
-        yield Check("binds", FAIL, f"no such folder: {', '.join(missing)}", fix)
+        yield Check("container.binds", FAIL, f"no such folder: {', '.join(missing)}", fix)
     if site.helper not in (None, files.sha256(container.HELPER.read_bytes())):
         fix = f"copy it out again: apptainer exec {around} cat /lemonade-hpc > lemonade-hpc"
         yield Check("version", WARN, "the helper outside is not the one of this image", fix)

@@ -1,6 +1,7 @@
 """A disk that fills up, for real: a run on a small tmpfs pauses with exit code 3 and goes on when there is room again.
 
-Mounts a file system, so it needs root or a name space of its own: `unshare -rm python full_disk.py`. Prints JSON.
+`doctor` says beforehand that it is full. Mounts a file system, so it needs root or a name space of its own:
+`unshare -rm python full_disk.py`. Prints JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +24,19 @@ def mount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
 
 
+def examine(config: Path, small: Path) -> None:
+    """What `doctor` says of a disk that is full, and of the same one when it is not: nothing of it stays."""
+    for size, code, state in ((f"{SIZES_KIB[0]}k", 1, "fail"), ("8g", 0, "ok")):
+        mount(small, f"remount,size={size}")
+        found, out, err = harness.command("doctor", str(config), "--run", str(small / "run"), "--json")
+        checks = {check["check"]: check for check in json.loads(out)}
+        told = checks.pop("free space")
+        assert (found, told["state"]) == (code, state), (out, err)
+        assert code == 0 or ("No space left on device" in told["seen"] and "delete something" in told["fix"]), told
+        assert all(check["state"] == "ok" for check in checks.values()) and not list(small.iterdir()), out
+    mount(small, f"remount,size={SIZES_KIB[0]}k")
+
+
 def main() -> None:
     """Fill the disk at several sizes, then give it room; the front must be the undisturbed run's."""
     pauses = 0
@@ -35,6 +49,7 @@ def main() -> None:
         run = small / "run"
         mount(small, f"size={SIZES_KIB[0]}k")
         try:
+            examine(config, small)
             for size in SIZES_KIB:
                 mount(small, f"remount,size={size}k")
                 code, _, err = harness.search(config, run)
