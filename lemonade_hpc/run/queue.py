@@ -154,7 +154,7 @@ def _is_due(row: Sequence[str], unqueued: bool) -> bool:
 def settings() -> dict[str, str]:
     """Slurm's own configuration, as far as it is told."""
     told = ask("scontrol", "show", "config") or ""
-    return dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", told, re.MULTILINE))
+    return dict(re.findall(r"^(\w+)[ \t]*=[ \t]*(.*?)[ \t]*$", told, re.MULTILINE))
 
 
 def number(told: str | None) -> int | None:

@@ -148,6 +148,10 @@ def _submit_limit(cluster: Cluster, user: str) -> Check:
         return unknown(name, "sacctmgr does not answer", "a limit shows itself when it is met: fewer workers run then")
     ours = [row for row in rows if cluster.account in (None, row["Account"])]
     ours = [row for row in ours if row.get("Partition", "") in ("", cluster.partition)]
+    if rows and not ours:
+        there = ", ".join(sorted({row["Account"] for row in rows}))
+        fix = f"give cluster.account, one of: {there}; where the site does not insist on accounts, nothing must be done"
+        return Check(name, WARN, f"{user} has nothing in account {cluster.account}, partition {cluster.partition}", fix)
     limits = [queue.number(row.get("MaxSubmitJobs")) for row in ours]
     known = [limit for limit in limits if limit is not None]
     where = f"{user}{f', account {cluster.account}' if cluster.account else ''}"

@@ -51,6 +51,7 @@ CONFIG = """Configuration data as of 2026-01-01T00:00:00
 JobRequeue              = 1
 MaxArraySize            = 1001
 MinJobAge               = 300 sec
+LaunchParameters        =
 PreemptMode             = OFF
 """
 APPTAINER = """#!{python}

@@ -499,6 +499,17 @@ def test_the_helper_finds_configuration_and_run_folder_wherever_they_stand(words
     assert helper.run_folder(["doctor", "--json", "x/a.yaml"]) == os.path.abspath("a")
 
 
+def test_which_folders_there_are_to_bind_is_looked_for_outside(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inside they are not seen yet."""
+    monkeypatch.chdir(site.folder)
+    Path("my.yaml").write_text(json.dumps(site.settings(container={"binds": ["/nowhere", str(site.data)]})))
+    assert container.main("my.yaml") == 0 and json.loads(capsys.readouterr().out) == ["/nowhere", str(site.data)]
+    found = helper._folders(str(site.image), ["doctor", "my.yaml"], helper.environment(os.environ))
+    assert str(site.data) in found and "/nowhere" not in found
+
+
 def test_the_helper_is_python_3_6_without_new_syntax() -> None:
     import ast
 

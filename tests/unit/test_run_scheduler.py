@@ -61,6 +61,7 @@ def test_each_of_slurms_settings_is_judged(
         ("lab||5\n", {}, WARN, "5 for .*; 6 are wanted", "workers: 3}"),
         ("lab||100\nother||5\n", {"account": "lab"}, OK, "100 for .*, account lab", "^$"),
         ("lab|main|5\nlab|urgent|1\n", {}, WARN, "5 for ", "workers: 3}"),
+        ("lab||\nold||\n", {"account": "new"}, WARN, "nothing in account new", "one of: lab, old;"),
         (None, {}, WARN, "^unknown: ", "when it is met"),
     ],
 )
