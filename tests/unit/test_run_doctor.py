@@ -280,6 +280,13 @@ def test_a_folder_that_is_to_be_bound_and_is_not_there_is_named(site: Site) -> N
     )  # fmt: skip
 
 
+def test_a_folder_whose_name_cannot_be_bound_is_named(site: Site) -> None:
+    site.run = site.folder / "with: colon" / "run"
+    site.run.parent.mkdir()
+    check = one(examine(site), "binds")
+    assert check.state == FAIL and check.seen.endswith("/with: colon") and "neither in its name" in check.fix
+
+
 @pytest.fixture
 def inside(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
     """This process counts as one in the image, which the helper has started."""

@@ -17,6 +17,7 @@ from scipy.stats import binomtest
 from lemonade_hpc import config
 from lemonade_hpc.run import history as histories
 from lemonade_hpc.run import status
+from lemonade_hpc.run.checks import Check
 from lemonade_hpc.run.history import History
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.ops import Signature
@@ -305,6 +306,17 @@ def test_checks_show_what_they_found_brackets_included():
         ["FAULT", "front", "recomputes"],
         ["[3,", "4]", "is", "not", "[/b]"],
         ["more"],
+    ]
+
+
+def test_what_doctor_finds_is_a_line_with_the_fix_beneath():
+    found = [Check("a", "ok", "well [b]"), Check("Slurm", "fail", "no [/b] here\nnor there", "run x")]
+    lines = shown(tables.doctor_table(found))
+    assert [line.split() for line in lines] == [
+        ["ok", "a", "well", "[b]"],
+        ["fail", "Slurm", "no", "[/b]", "here"],
+        ["nor", "there"],
+        ["fix:", "run", "x"],
     ]
 
 

@@ -432,6 +432,10 @@ def _bound(image: str, folders: List[str], environ: Dict[str, str], nv: Optional
         fix = "make that folder, or correct its name: --bind, container.binds, data.root"
         return check(name, FAIL, "no such folder: {}".format(", ".join(missing)), fix)
     wanted = outermost(folder for folder in folders if folder != "/")
+    apart = [folder for folder in wanted if set(",:") & set(folder)]
+    if apart:
+        fix = "work in a folder that has neither in its name: --run, container.binds"
+        return check(name, FAIL, "a comma or a colon cannot be bound: {}".format(", ".join(apart)), fix)
     _, out, err, _ = _timed([*inside(image, wanted, nv), "stat", "-L", "-c", "%d %i %n", *wanted], environ)
     outside = {folder: "{0.st_dev} {0.st_ino} {1}".format(os.stat(folder), folder) for folder in wanted}
     other = [folder for folder in wanted if outside[folder] not in out.splitlines()]
@@ -482,7 +486,7 @@ def main(arguments: List[str]) -> int:
     told = {}  # type: Dict[str, str]
     if words[0] == "doctor":
         seen_of_host = host(image, [os.getcwd(), existing(run), *given.bind])
-        if any(check["state"] == FAIL for check in seen_of_host["checks"]):
+        if any(one["state"] == FAIL for one in seen_of_host["checks"]):
             show(seen_of_host["checks"], "--json" in words)
             return 1
         told["APPTAINERENV_" + HOST] = json.dumps(seen_of_host)
