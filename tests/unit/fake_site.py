@@ -6,13 +6,13 @@ of this checkout, with the variables that Apptainer would pass on.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +28,11 @@ from lemonade_hpc.run.checks import OK, Check
 from lemonade_hpc.run.doctor import doctor
 from lemonade_hpc.run.host import helper, shim
 
-NOBODY = 65534
+CAPABILITIES = 0x20080522
+"""The version of the kernel's interface; effective, permitted and inheritable are the first three words of SETS."""
+SETS = ctypes.c_uint32 * 6
+OVERRIDE = (1, 2)
+"""CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH."""
 TOOLS = ("basename", "cat", "dirname", "sed", "sh", "stat", "true")
 PACKAGE = Path(lemonade_hpc.__file__).parents[1]
 SLURM = """#!/bin/sh
@@ -111,17 +115,15 @@ os.execvpe(words[0], words, environ)
 
 
 class Site:
-    """A folder that anybody can read, with `bin/`, an image, a folder of data to bind, and a place for runs."""
+    """A folder with `bin/`, an image, a folder of data to bind, and a place for runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin = folder, folder / "bin"
         self.image, self.data, self.run = folder / "lemonade.sif", folder / "data", folder / "runs" / "mine"
         for made in (folder, self.bin, folder / "tools", folder / "shims", self.data, self.run.parent):
             made.mkdir(exist_ok=True)
-            made.chmod(0o755)
         for name in TOOLS:
             (folder / "tools" / name).symlink_to(shutil.which(name) or f"{name}: is not here")
-        self.run.parent.chmod(0o777)
         self.image.write_bytes(b"an image")
         for name in (*helper.WORDS, "srun"):
             self._script(self.bin / name, SBATCH if name == "sbatch" else SLURM)
@@ -131,7 +133,6 @@ class Site:
         self.say("sinfo", "main*|2|5000|gpu:1\nurgent|2|5000|gpu:1\n")
         self.say("sacctmgr", "lab||\n")
         (folder / "calls").touch()
-        (folder / "calls").chmod(0o666)
         self.plan()
 
     def _script(self, path: Path, text: str) -> None:
@@ -193,15 +194,13 @@ class Site:
 
 
 @contextmanager
-def healthy() -> Iterator[Site]:
-    """A site in a folder that anybody can reach; this process has its commands alone."""
-    folder = Path(tempfile.mkdtemp(prefix="site-", dir="/tmp"))
+def healthy(folder: Path) -> Iterator[Site]:
+    """A site; this process has its commands alone."""
     made = Site(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", made.environ()["PATH"])
         patch.delenv(container.AROUND, raising=False)
         yield made
-    shutil.rmtree(folder)
 
 
 def examine(site: Site, **more: Any) -> list[Check]:
@@ -227,15 +226,16 @@ def others_are_ok(found: list[Check], *names: str) -> bool:
 
 @contextmanager
 def as_ordinary_user() -> Iterator[None]:
-    """Be nobody, where this process is root's: root may read and write anything."""
-    if os.geteuid():
-        yield
-        return
-    os.setresuid(NOBODY, NOBODY, 0)
+    """Without root's right to read and write anything, in this thread, if it has it."""
+    libc, header, before = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(CAPABILITIES, 0), SETS()
+    assert libc.capget(header, before) == 0, os.strerror(ctypes.get_errno())
+    less = SETS(*before)
+    less[0] &= ~sum(1 << number for number in OVERRIDE)
+    assert libc.capset(header, less) == 0, os.strerror(ctypes.get_errno())
     try:
         yield
     finally:
-        os.setresuid(0, 0, 0)
+        assert libc.capset(header, before) == 0, os.strerror(ctypes.get_errno())
 
 
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:

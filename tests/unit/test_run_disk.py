@@ -19,8 +19,8 @@ from fake_site import Site, healthy, one, others_are_ok, tree, without_image  # 
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
-    with healthy() as made:
+def site(tmp_path: Path) -> Iterator[Site]:
+    with healthy(tmp_path) as made:
         yield made
 
 

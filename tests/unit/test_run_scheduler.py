@@ -21,8 +21,8 @@ REFUSED = "sbatch: error: Batch job submission failed: "
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
-    with healthy() as made:
+def site(tmp_path: Path) -> Iterator[Site]:
+    with healthy(tmp_path) as made:
         yield made
 
 
