@@ -2,7 +2,7 @@
 
 Decides: what such a job is, when a chain is begun, and when it is ended. The chain rests on Slurm's `singleton`: of the
 jobs with one name and owner one runs at a time. Each job submits its successor before anything else
-(`slurm/coordinator.sbatch`). A chain whose coordinators die one after another with nothing done ends itself.
+(`coordinator.sbatch`). A chain whose coordinators die one after another with nothing done ends itself.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def begin(config: Config, run: Path) -> str:
     command = ("sbatch", "--parsable", str((folder / TEMPLATE.name).resolve()), FIRST)
     try:
         limit = queue.QUERY_TIMEOUT_S
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        environ = queue.environment()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False, env=environ)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"sbatch does not answer; whether it has submitted {name} squeue will show") from None
     if done.returncode:

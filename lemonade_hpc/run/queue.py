@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from lemonade_hpc.run import owner
+from lemonade_hpc.run.host import helper
 
 Place = tuple[str, int]
 """The first worker of a launch, and the index of a task of its array."""
@@ -186,11 +187,16 @@ def _tasks(said: str) -> Iterator[int]:
             yield from range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
 
 
+def environment() -> dict[str, str]:
+    """What Slurm's commands are to see: not the job that this process may be in."""
+    return helper.outside_a_job(os.environ)
+
+
 def ask(*command: str) -> str | None:
     """What a command of Slurm's says, lists of tasks in full; None where it fails or does not answer in time."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False, env=os.environ | IN_FULL
+            command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False, env=environment() | IN_FULL
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -149,7 +149,7 @@ def _nothing_to_do(run: Path, loaded: Loaded) -> bool:
     return all(population.damage(run, event) is None for event in (*history.sealed, history.complete))
 
 
-def _prepare(config: Config, data: data_sets.DataSet, run: Path, image: Image | None) -> Problem:
+def _prepare(config: Config, data: data_sets.DataSet, run: Path, image: Image | None = None) -> Problem:
     """Check configuration and folder against each other; write `run.json` where the run is new."""
     if (run / files.RUN).exists():
         return _go_on(config, data, run, image)

@@ -9,11 +9,13 @@ only its outcome does. submitit submits, and is asked nothing else.
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,9 @@ def refusal(text: str, *options: str) -> str | None:
     command = ("sbatch", "--test-only", *options)
     try:
         done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=queue.QUERY_TIMEOUT_S, check=False
-        )
+            command, input=text, capture_output=True, text=True, timeout=queue.QUERY_TIMEOUT_S, check=False,
+            env=queue.environment(),
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stderr.strip() if done.returncode else None
@@ -99,6 +102,18 @@ def refusal(text: str, *options: str) -> str | None:
 
 def _may_pass(said: str) -> bool:
     return any(words in said.lower() for words in TRANSIENT)
+
+
+@contextmanager
+def _outside_a_job() -> Iterator[None]:
+    """For submitit, which has sbatch see this process's own environment."""
+    before = dict(os.environ)
+    for key in before.keys() - queue.environment().keys():
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 class SlurmBackend:
@@ -189,7 +204,8 @@ class SlurmBackend:
         executor = SlurmExecutor(folder=self._folder(names[0]), python=python)
         executor.update_parameters(**parameters(self._cluster, queue.prefix(self._run_id) + names[0], avoid))
         try:
-            jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
+            with _outside_a_job():
+                jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
         except FailedJobError as error:
             if CROWDED.search(str(error)):
                 self._fits, self._crowded_at = max(1, len(names) // 2), time.monotonic()
