@@ -73,7 +73,10 @@ def test_a_changed_setting_is_refused_by_name_and_nothing_is_changed(
         doubles.search(run, changed(change))
     text = str(refusal.value)
     assert f"was started with {key} = " in text or f"was started without {key}, now it is 'macs'" in text
-    assert "only cluster, container, storage, search.children, data.root may change" in text and "another --run folder" in text
+    assert (
+        "only cluster, container, storage, search.children, data.root may change" in text
+        and "another --run folder" in text
+    )
     assert doubles.contents(run) == before
 
 
