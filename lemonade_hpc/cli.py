@@ -102,6 +102,7 @@ def submit(
     source: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file with cluster.backend: slurm")],
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="run folder; default: CONFIG's name")] = None,
     only_print: Annotated[bool, typer.Option("--print", help="show the batch scripts only")] = False,
+    take_over: Annotated[bool, typer.Option("--take-over", help="the last coordinator is known to be gone")] = False,
 ) -> None:
     """Submit the search as a job of its own, which is followed by others until it is complete."""
     settings, folder = config.load(source), run if run is not None else Path(Path(source).stem)
@@ -112,7 +113,7 @@ def submit(
         coordinator, worker = session.submission(settings, folder)
         typer.echo(f"# ---- the coordinator\n{coordinator}\n# ---- a worker\n{worker}")
         return
-    job = session.submit(settings, folder)
+    job = session.submit(settings, folder, take_over=take_over)
     words = shlex.quote(str(folder))
     typer.echo(
         f"submitted job {job}; its log: {folder / files.SLURM / f'coordinator-{job}.log'}\n"

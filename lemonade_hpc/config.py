@@ -217,10 +217,10 @@ class Container(_Section):
     """The Apptainer image that Slurm's workers run in."""
 
     image: str | None = Field(
-        None, description="a .sif file that all nodes see; by default the one that the coordinator is in, if any"
+        None, description="a .sif file that all nodes see; by default the one that the coordinator is in"
     )
     binds: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (), description="folders that are seen inside, by the same names, as the run folder and data.root are anyway"
+        (), description="folders seen inside by the same names, as the run folder and data.root are"
     )
     nv: bool | None = Field(None, description="whether NVIDIA's driver is seen inside; by default where there is one")
     may_change: bool = Field(False, description="true: a run goes on in another image; which one is on record")

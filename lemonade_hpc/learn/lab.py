@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from lemonade_hpc import __version__, files
 from lemonade_hpc import data as data_sets
-from lemonade_hpc import files
 from lemonade_hpc.config import Config, ConfigError, Data, from_dict
 from lemonade_hpc.learn.training import Images, place
 from lemonade_hpc.search.ops import Signature
@@ -41,8 +41,9 @@ def open_lab(run: Path, owner: Path) -> Lab:
 
     Raises ConfigError for data that cannot be read here, or are unlike the run's.
     """
-    identity = json.loads((run / files.RUN).read_text())
-    config = from_dict(json.loads(owner.read_text())["config"], str(owner))
+    identity, epoch = json.loads((run / files.RUN).read_text()), json.loads(owner.read_text())
+    _same_code(epoch["code"])
+    config = from_dict(epoch["config"], str(owner))
     data = _load(config.data, identity["data"]["checksum"])
     device = _device(config.cluster.device)
     deterministic = bool(config.training.deterministic)
@@ -53,6 +54,19 @@ def open_lab(run: Path, owner: Path) -> Lab:
     return Lab(run, config, Signature(data.shape, data.num_classes), device, layout, *parts)
 
 
+def _same_code(coordinators: str) -> None:
+    """Refuse to work for a coordinator of another version."""
+    if coordinators != __version__:
+        raise ConfigError(
+            f"the coordinator is lemonade-hpc {coordinators}, its worker on {_here()} {__version__}: have both run "
+            f"in one image, or one environment"
+        )
+
+
+def _here() -> str:
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+
+
 def _load(wanted: Data, checksum: str) -> data_sets.DataSet:
     """Read the data; the process that started the search could, so an error names this machine."""
     try:
@@ -61,11 +75,10 @@ def _load(wanted: Data, checksum: str) -> data_sets.DataSet:
             source = wanted.root or wanted.name
             raise ConfigError(f"{source}: not the data that this run was started with (checksum differs)")
     except ConfigError as error:
-        here = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         advice = "have every node run in the same environment and folder"
         if wanted.root is not None:
             advice = "put it on the file system that all nodes share, and give data.root there"
-        raise ConfigError(f"{error}. So it is on {here}, but not where the search was started: {advice}") from error
+        raise ConfigError(f"{error}. So it is on {_here()}, but not where the search was started: {advice}") from error
     return data
 
 

@@ -9,20 +9,36 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from lemonade_hpc.run.history import History
+from lemonade_hpc.run.history import Attempt, History
 from lemonade_hpc.run.log import Message
 
 MAX_WORKER_LOSSES = 20
-"""Workers that may die under one child without progress before it is given up: otherwise not counted against it."""
+"""Workers that may be preempted or lost with their nodes under one child, without progress, before it is given up:
+otherwise not counted against it."""
+MAX_DEATHS = 5
+"""Workers that may die of nothing known under one child."""
+OUT_OF_MEMORY = "out of memory"
+"""How a worker dies whose job needs more than it was given."""
 STRIKES = 3
 """Different children, or workers, that come to grief in a row on a node before it is excluded."""
 
-ADVICE = {"walltime": "; raise cluster.time_min, or let checkpoints be made sooner (cluster.checkpoint_min)"}
+ADVICE = {
+    "walltime": "; raise cluster.time_min, or let checkpoints be made sooner (cluster.checkpoint_min)",
+    "memory": "; raise cluster.mem_gb",
+}
 
 
 def allowed(retries: int) -> dict[str, int]:
     """How many attempts a child may lose in each way and still be tried again; in any other way, any number."""
-    return {"crash": retries, "walltime": retries, "worker": MAX_WORKER_LOSSES}
+    own = dict.fromkeys(("crash", "walltime", "memory"), retries)
+    return own | {"death": MAX_DEATHS, "worker": MAX_WORKER_LOSSES}
+
+
+def kind(attempt: Attempt) -> str | None:
+    """In which of these ways an attempt was lost, or in another; None where it was not."""
+    if attempt.lost != "worker" or attempt.death is None:
+        return attempt.lost
+    return "memory" if attempt.death == OUT_OF_MEMORY else "death"
 
 
 def charged(losses: Iterable[tuple[str, float]]) -> Counter[str]:
@@ -43,14 +59,15 @@ def spent(history: History, retries: int) -> Iterator[Message]:
     for number, attempts in history.attempts.items():
         if any(one.lost is None for one in attempts):
             continue
-        counts = charged((one.lost, one.done) for one in attempts if one.lost is not None)
-        for kind, most in allowed(retries).items():
-            if counts[kind] > most:
-                last = [one for one in attempts if one.lost == kind][-1]
-                ended = f"{counts[kind]} attempt{'s' * (counts[kind] > 1)} ended so"
-                reason = f"{ended}; the last one: {last.reason}{ADVICE.get(kind, '')}"
+        counts = charged((str(kind(one)), one.done) for one in attempts)
+        for how, most in allowed(retries).items():
+            if counts[how] > most:
+                last = [one for one in attempts if kind(one) == how][-1]
+                ended = f"{counts[how]} attempt{'s' * (counts[how] > 1)} ended so"
+                death = f": {last.death}" if last.death else ""
+                reason = f"{ended}; the last one: {last.reason}{death}{ADVICE.get(how, '')}"
                 digest = history.state.in_flight[number].digest
-                failure = {"kind": kind, "reason": reason}
+                failure = {"kind": how, "reason": reason}
                 yield {"child": number, "attempt": last.id, "digest": digest, "failure": failure}
                 break
 

@@ -25,14 +25,21 @@ POLL_JOB_S = 2.0
 
 def stop(run: Path) -> str:
     """Have the coordinator end what is in training and leave; what follows, in words. Raises ConfigError."""
-    ended = "".join(f"{what} is cancelled; " for what in _end_chain(run, record.read_identity(run)["run"]))
-    numbers = files.epochs(run)
-    owned = lease.read_owner(run, numbers[-1]) if numbers else None
-    if owned is None or lease.judge(run, owned["owner"]) == "gone":
-        return f"{ended}no coordinator is at work; workers, if any, end what they have and leave"
-    with open(run / files.stop_order(numbers[-1]), "ab") as file:
-        file.write(b".")
-    return f"told {owner.describe(owned['owner'])}: it ends what is in training, then stops; `status` shows how it goes"
+    run_id = record.read_identity(run)["run"]
+    owned, done = _owned(run), list[str]()
+    if owned is not None and lease.judge(run, owned["owner"]) != "gone":
+        with open(run / files.stop_order(files.epochs(run)[-1]), "ab") as file:
+            file.write(b".")
+        with contextlib.suppress(ConfigError):  # where Slurm does not answer: a successor leaves by itself
+            done = _end_chain(run, run_id, sparing=owned["owner"].get("slurm_job"))
+        who = owner.describe(owned["owner"])
+        what = f"told {who}: it ends what is in training, then stops; `status` shows how it goes"
+    else:
+        done = _end_chain(run, run_id)
+        if owned is not None and owned["config"]["cluster"]["backend"] == "slurm":
+            done += _cancel_jobs(run_id, "PENDING")
+        what = "no coordinator is at work; workers, if any, end what they have and leave"
+    return "".join(f"{job} is cancelled; " for job in done) + what
 
 
 def cancel(run: Path) -> list[str]:
@@ -41,10 +48,9 @@ def cancel(run: Path) -> list[str]:
     Raises ConfigError where its coordinator runs on another machine, or Slurm does not answer.
     """
     run_id = record.read_identity(run)["run"]
-    numbers = files.epochs(run)
-    if not numbers:
+    owned = _owned(run)
+    if owned is None:
         return _end_chain(run, run_id)
-    owned = lease.read_owner(run, numbers[-1])
     who, on_slurm = owned["owner"], owned["config"]["cluster"]["backend"] == "slurm"
     verdict = lease.judge(run, who)
     if verdict == "unknown":
@@ -52,18 +58,37 @@ def cancel(run: Path) -> list[str]:
             f"{run}: its coordinator is {owner.describe(who)}, which cannot be reached from here; end it there first, "
             f"else it would start workers again"
         )
-    waited = _end_chain(run, run_id)
-    done = (_end_coordinator(who) if verdict == "alive" else []) + waited
+    done = _end_chain(run, run_id, sparing=who.get("slurm_job"))
+    if verdict == "alive":
+        done = _end_coordinator(who) + done + _end_chain(run, run_id)
     return done + _cancel_jobs(run_id) if on_slurm else done
 
 
-def _end_chain(run: Path, run_id: str) -> list[str]:
-    """Cancel a coordinator that waits in the queue, if the run was ever submitted: nobody is to go on by himself."""
+def _owned(run: Path) -> dict[str, Any] | None:
+    """Who holds the newest epoch, and with which configuration."""
+    numbers = files.epochs(run)
+    return lease.read_owner(run, numbers[-1]) if numbers else None
+
+
+def _end_chain(run: Path, run_id: str, sparing: str | None = None) -> list[str]:
+    """Cancel the coordinators of a submitted run that wait, or have not begun yet: nobody is to go on by himself.
+
+    One that has just been started may submit its successor, so that is looked at until nothing is left but the job
+    `sparing`, that of the coordinator at work. Raises ConfigError where Slurm does not answer.
+    """
     if not (run / files.SLURM).exists():
         return []
-    waiting = chain.waiting(run_id)
-    chain.end(run_id)
-    return [f"job {job} (a coordinator that waited)" for job in waiting]
+    ended: list[str] = []
+    deadline = time.monotonic() + LEAVE_S
+    while left := [job for job in chain.queued(run_id) if job != sparing]:
+        if time.monotonic() > deadline:
+            raise ConfigError(f"job {', '.join(left)}, a coordinator, does not end; try again later")
+        new = [job for job in left if job not in ended]
+        if new and queue.ask("scancel", *new) is None:
+            raise ConfigError(f"scancel failed for job {', '.join(new)}, a coordinator; try again later")
+        ended += new
+        time.sleep(POLL_JOB_S)
+    return [f"job {job} (a coordinator that waited)" for job in ended]
 
 
 def _end_coordinator(who: dict[str, Any]) -> list[str]:
@@ -86,17 +111,19 @@ def _end_job(job: str) -> None:
     if queue.ask("scancel", job) is None:
         raise ConfigError(f"scancel failed for job {job}; try again later")
     deadline = time.monotonic() + LEAVE_S
-    while not queue.job_has_ended(job):
+    while not queue.job_has_ended(job, mine=True):
         if time.monotonic() > deadline:
             raise ConfigError(f"job {job} does not end; try again later")
         time.sleep(POLL_JOB_S)
 
 
-def _cancel_jobs(run_id: str) -> list[str]:
+def _cancel_jobs(run_id: str, state: str | None = None) -> list[str]:
+    """Cancel the jobs of a run's workers, or those that are in one state."""
     answer = queue.jobs_of(run_id)
     if answer is None or not answer.all:
         raise ConfigError("squeue does not answer: whether workers are left is not known; try again later")
-    living = sorted(job.id for job in answer.jobs.values() if job.state not in queue.ENDED)
+    workers = [job for (launch, _), job in answer.jobs.items() if launch != queue.COORDINATOR]
+    living = sorted(job.id for job in workers if job.state not in queue.ENDED and state in (None, job.state))
     if living and queue.ask("scancel", *living) is None:
         raise ConfigError(f"scancel failed for the jobs {', '.join(living)}; try again later")
     return [f"job {job}" for job in living]

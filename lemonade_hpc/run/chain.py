@@ -2,11 +2,12 @@
 
 Decides: what such a job is, when a chain is begun, and when it is ended. The chain rests on Slurm's `singleton`: of the
 jobs with one name and owner one runs at a time. Each job submits its successor before anything else
-(`slurm/coordinator.sbatch`). A chain whose coordinators die one after another with nothing done ends itself.
+(`coordinator.sbatch`). A chain whose coordinators die one after another with nothing done ends itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -16,13 +17,17 @@ from pathlib import Path
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, Config, ConfigError, dump
-from lemonade_hpc.run import container, queue, record
+from lemonade_hpc.run import container, lease, queue, record
 from lemonade_hpc.run.history import History
-from lemonade_hpc.run.ledger import RunFailed
+from lemonade_hpc.run.journal import RecordError
+from lemonade_hpc.run.ledger import Halted, RunFailed
+from lemonade_hpc.run.slurm import may_pass
 
 LINK = "LEMONADE_CHAIN"
 """Set in the environment of a coordinator that is such a job: to FIRST where a person has submitted it."""
 FIRST = "first"
+TAKE_OVER = "take-over"
+"""Likewise, where that person knows that the last coordinator is gone."""
 MAX_CRASHES = 5
 """Coordinators in a row that may die with no child finished before the chain ends."""
 TEMPLATE = Path(__file__).with_name("coordinator.sbatch")
@@ -55,6 +60,8 @@ def script(config: Config, run: Path, name: str) -> str:
 def options(cluster: Cluster) -> list[str]:
     """What the site is asked for, as sbatch's long options."""
     asked: dict[str, object] = {
+        "cpus-per-task": None if "cpus-per-task" in cluster.skip else 1,
+        "no-requeue": "no-requeue" not in cluster.skip,
         "time": cluster.coordinator_time_min,
         "mem": None if "mem" in cluster.skip else f"{int(1024 * cluster.coordinator_mem_gb)}M",
         "partition": cluster.coordinator_partition,
@@ -66,7 +73,7 @@ def options(cluster: Cluster) -> list[str]:
     return [key if value is True else f"{key}={value}" for key, value in asked.items() if value not in (None, False)]
 
 
-def begin(config: Config, run: Path) -> str:
+def begin(config: Config, run: Path, *, take_over: bool = False) -> str:
     """Submit a run's first coordinator; its job's id. Raises ConfigError with what Slurm says."""
     run_id = record.read_identity(run)["run"]
     name = job_name(run_id)
@@ -79,15 +86,24 @@ def begin(config: Config, run: Path) -> str:
     if container.is_inside():
         container.copy_helper(run)
     files.write(folder / TEMPLATE.name, script(config, run, name).encode())
-    command = ("sbatch", "--parsable", str((folder / TEMPLATE.name).resolve()), FIRST)
+    word = TAKE_OVER if take_over else FIRST
+    command = ("sbatch", "--parsable", str((folder / TEMPLATE.name).resolve()), word)
     try:
         limit = queue.QUERY_TIMEOUT_S
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        environ = queue.environment()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False, env=environ)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"sbatch does not answer; whether it has submitted {name} squeue will show") from None
+    job = done.stdout.strip().partition(";")[0]
     if done.returncode:
-        raise ConfigError(f"cluster: Slurm refuses the coordinator's job. It says: {done.stderr.strip()}")
-    return done.stdout.strip().partition(";")[0]
+        said, accepted = done.stderr.strip(), _jobs(run_id)
+        if not may_pass(said):
+            raise ConfigError(f"cluster: Slurm refuses the coordinator's job. It says: {said}")
+        if not accepted:
+            raise ConfigError(f"Slurm does not take the coordinator's job now; try again later. It says: {said}")
+        job = accepted[-1]
+    files.write(folder / FIRST, job.encode())
+    return job
 
 
 def queued(run_id: str) -> list[str]:
@@ -120,13 +136,43 @@ def is_link() -> bool:
 
 def begun_by_a_person() -> bool:
     """Whether somebody has just started this coordinator, and may have mended what was wrong before."""
-    return os.environ.get(LINK, FIRST) == FIRST
+    return os.environ.get(LINK, FIRST) in (FIRST, TAKE_OVER)
 
 
-def refuse_crash_loop(history: History, note: Callable[[str], None]) -> None:
-    """Raise RunFailed where a chain's coordinators have died in a row with nothing done."""
+def takes_over() -> bool:
+    """Whether whoever submitted this coordinator knows that the last one is gone."""
+    return os.environ.get(LINK) == TAKE_OVER
+
+
+def refuse_early_deaths(run: Path) -> None:
+    """Raise RunFailed where a chain's coordinators have ended in a row before they could begin.
+
+    Told by the logs that Slurm has made of jobs since the last coordinator that did begin, or since the chain's first.
+    """
     if begun_by_a_person():
         return
+    numbers, began, first = files.epochs(run), None, run / files.SLURM / FIRST
+    if numbers:
+        with contextlib.suppress(RecordError):  # it may be seen late
+            began = lease.read_owner(run, numbers[-1])["owner"].get("slurm_job")
+    since = max(int(began or 0) + 1, int(first.read_text()) if first.exists() else 0)
+    names = (path.stem.rpartition("-")[2] for path in (run / files.SLURM).glob("coordinator-*.log"))
+    count = len([name for name in names if name.isdigit() and int(name) >= since])
+    if count > MAX_CRASHES:
+        raise RunFailed(
+            f"{count - 1} coordinators in a row ended before they had read the data and the record: see "
+            f"{files.SLURM}/*.log in the run folder, and sacct (cluster.coordinator_mem_gb may be too little); mend "
+            f"that and submit again"
+        )
+
+
+def refuse_to_go_on(run: Path, history: History, note: Callable[[str], None]) -> None:
+    """Raise Halted where a chain's last coordinator has left for good, RunFailed where they die with nothing done."""
+    if begun_by_a_person():
+        return
+    if history.halted:
+        end(record.read_identity(run)["run"])
+        raise Halted(str(history.why_closed))
     if history.num_crashes:
         note(f"the last {history.num_crashes} coordinators were killed or lost, and no child was finished meanwhile")
     if history.num_crashes >= MAX_CRASHES:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,9 +49,7 @@ class Image:
 
 
 def path_of(config: Config) -> Path | None:
-    """The image of a run's workers; None where they are in none."""
-    if config.cluster.backend != "slurm":
-        return None
+    """The image of a run's workers: given, or else the one that this process is in; None where there is none."""
     given = config.container.image or os.environ.get(AROUND)
     return Path(given).absolute() if given else None
 
@@ -81,13 +78,7 @@ def _digest(path: Path) -> str:
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError where workers could not be started in their image, as far as that can be seen here."""
-    if path_of(config) is None:
-        return
-    if not is_inside() and shutil.which("apptainer") is None:
-        raise ConfigError(
-            "container.image: apptainer cannot be found here; it may be a module: load it, also in cluster.setup"
-        )
+    """Raise ConfigError for folders that are to be bound and do not exist."""
     for folder in config.container.binds:
         if not Path(folder).is_dir():
             raise ConfigError(f"container.binds: {folder}: no such folder")

@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config
@@ -32,7 +33,9 @@ from lemonade_hpc.search import evolution
 BEAT_S = 2.0
 MAX_AHEAD = 64
 """Most children that wait behind the one in training."""
-FILL_S = 20.0
+SLICE_S = 0.5
+"""How often one that waits looks whether it is to leave."""
+FILL_S = 15.0
 """How long a coordinator that leaves may take to find work for the workers that go on."""
 FILL_AHEAD = 20
 """Most children that a worker is given then, unless it ends more in a moment."""
@@ -50,6 +53,8 @@ class Coordinator:
         self.stop_signal: int | None = None
         self.why: str | None = None
         """Why it leaves a run that is not complete."""
+        self.halted = False
+        """Whether nobody may go on by himself after it."""
         self._ledger = Ledger(run, history, journal)
         self._crew = Crew(config.cluster, self._ledger, backend, observer)
         self._backend, self._observer = backend, observer
@@ -82,8 +87,7 @@ class Coordinator:
         while not self.history.state.complete:
             self._turn()
             if self.stop_signal is not None:
-                self._fill()
-                raise Stopped(f"stopped by {signal.Signals(self.stop_signal).name}")
+                self._leave(self.stop_signal)
             time.sleep(self._poll_s)
         self._complete()
 
@@ -98,7 +102,8 @@ class Coordinator:
         self._crew.retire()
         self._go_on()
         self._ledger.write()
-        self._backend.step()
+        if self.stop_signal is None:  # Slurm may take its time to answer
+            self._backend.step()
         self._clean(self.history.release())
         self._seal()
         if committed or time.monotonic() - self._beat_at > BEAT_S:
@@ -113,7 +118,8 @@ class Coordinator:
             ahead = self._ahead()
             self._ask(ahead)
             self._dispatch(ahead)
-        elif self._crew.drain() and not self._arrived:
+        elif self._crew.drain() and not (self._late or self._crew.outcomes):
+            # What has arrived, and waits for one before it to be told, is in the workers' logs for whoever goes on.
             raise Halted(reason)
 
     def _reason_to_leave(self) -> str | None:
@@ -128,7 +134,11 @@ class Coordinator:
         """Raise Superseded. One that was paused has perhaps been followed and does not see it yet: it waits."""
         if self._may_be_followed():
             self._beat()  # seen by one that waits to follow (`lease.settle`), or that one's epoch is seen here at last
-            time.sleep(2 * files.Patience(self._stale_s).bound_s + lease.QUIET_S)
+            until = time.monotonic() + 2 * files.Patience(self._stale_s).bound_s + lease.QUIET_S
+            while time.monotonic() < until:
+                if self.stop_signal is not None:
+                    raise Stopped(f"stopped by {signal.Signals(self.stop_signal).name}")
+                time.sleep(SLICE_S)
         self._checked_at = time.monotonic()
         self._ledger.check()
 
@@ -236,10 +246,19 @@ class Coordinator:
         for failure in budgets.spent(self.history, self.config.cluster.retries):
             self._arrived.setdefault(failure["child"], failure)
         due = [number for number in sorted(self.history.state.in_flight) if number not in self._arrived]
-        self._crew.start(len(due))
+        if self.stop_signal is None:
+            self._crew.start(len(due))
         waiting = [n for n in due if all(one.lost is not None for one in self.history.attempts[n])]
         self._crew.hand_out(waiting, ahead)
         self._crew.level()
+
+    def _leave(self, number: int) -> NoReturn:
+        """Leave for a signal; for good where that is to be done anyway."""
+        reason = self._reason_to_leave()
+        if reason is not None:
+            raise Halted(reason)
+        self._fill()
+        raise Stopped(f"stopped by {signal.Signals(number).name}")
 
     def _fill(self) -> None:
         """Give workers that go on without a coordinator work for their time, until another coordinator has come."""
@@ -353,7 +372,7 @@ class Coordinator:
                 for path in leftovers.jobs(self.run, self._launches()):
                     files.remove(path)
             with contextlib.suppress(OSError):
-                self._ledger.record({"event": "closed", "why": self.why})
+                self._ledger.record({"event": "closed", "why": self.why, "halted": self.halted})
                 self._ledger.write()
         self._crew.close()
         self._ledger.close()

@@ -19,13 +19,19 @@ from lemonade_hpc.run.backends import CANCELLED, DIED, FATE, Backend, NotNow, Re
 from lemonade_hpc.run.handle import Key, WorkerHandle
 from lemonade_hpc.run.history import History
 from lemonade_hpc.run.journal import Event
-from lemonade_hpc.run.ledger import Halted, Ledger, RunFailed, Stopped
+from lemonade_hpc.run.ledger import Halted, Ledger, NoRoom, RunFailed
 from lemonade_hpc.run.log import Message
 
 STOP_S = 3.0
 """How long workers may take to leave when they are stopped."""
 MISFORTUNES_PER_WORKER = 3
 """Workers in a row that may end without any outcome, per worker wanted, before the run stops."""
+LEAST_MISFORTUNES = budgets.MAX_DEATHS + 3
+"""So many they may be in any case: a child under which they die is to be given up before."""
+ELSEWHERE_S = 600.0
+"""How long a child that crashed waits for a worker on another node that may never start."""
+LISTEN_S = 30.0
+"""How often workers that were given up are listened to."""
 
 
 class Observer(Protocol):
@@ -53,6 +59,11 @@ class Crew:
         """Workers that have said something in this coordinator's life."""
         self._gone: dict[str, tuple[WorkerHandle, bool]] = {}
         """Workers that have gone in a way not known yet, and whether they left children behind."""
+        self._ghosts: list[WorkerHandle] = []
+        """Workers that were given up without a last word: they may live all the same."""
+        self._listened_at = 0.0
+        self._waits_since: dict[int, float] = {}
+        """Since when children that crashed wait for another node."""
         self._num_named = self._num_misfortunes = self._num_cancelled = 0
         self._last_fault = ""
         self._heard_any = False
@@ -66,6 +77,20 @@ class Crew:
             self._hear(handle)
             if handle.lived_s > before:
                 self._lived.add(handle.name)
+        if time.monotonic() - self._listened_at >= LISTEN_S:
+            self._listened_at = time.monotonic()
+            self._listen()
+
+    def _listen(self) -> None:
+        """Hear whether workers that were given up live: the first outcome of a child counts, whoever's it is."""
+        for ghost in self._ghosts:
+            for outcome in (message["outcome"] for message in ghost.hear() if message["say"] == "outcome"):
+                if outcome["child"] in self._ledger.history.state.in_flight:
+                    self.outcomes.append(outcome)
+                else:
+                    late = "comes too late and is ignored"
+                    self._observer.note(f"child {outcome['child']}: an outcome by {ghost.name}, long given up, {late}")
+        self._ghosts = [one for one in self._ghosts if one.said_bye is None and one.damaged is None]
 
     def _hear(self, handle: WorkerHandle, *, last_words: bool = False) -> None:
         """Read a worker's reports; `last_words`: only what it says of children, not its troubles."""
@@ -92,7 +117,7 @@ class Crew:
             )
             self._end(handle, "damaged log")
         if full is not None:
-            raise Stopped(f"worker {handle.name} cannot write: {full}")
+            raise NoRoom(f"worker {handle.name} cannot write: {full}")
 
     def _join(self, handle: WorkerHandle) -> None:
         self._heard_any |= handle.present
@@ -154,8 +179,10 @@ class Crew:
         if how is None:
             return
         del self._gone[name]
+        if bye is None:
+            self._ghosts.append(handle)
         fault = None
-        if bye is None and how not in FATE:
+        if bye is None and how not in FATE | {histories.NOT_STARTED}:
             output = self._backend.last_output(name)
             self._heard_any |= bool(output)  # what it wrote has come to the run folder
             fault = f"worker {name} {how}" + (f": {output}" if output else "")
@@ -195,7 +222,7 @@ class Crew:
         self._observer.note(reason)
         self._last_fault = reason
         self._num_misfortunes += name not in self._adopted
-        if self._num_misfortunes > MISFORTUNES_PER_WORKER * self._cluster.workers:
+        if self._num_misfortunes > max(MISFORTUNES_PER_WORKER * self._cluster.workers, LEAST_MISFORTUNES):
             self._ledger.write()
             raise RunFailed(
                 f"{self._num_misfortunes} workers in a row ended and no child was trained meanwhile{self._why()}"
@@ -242,7 +269,11 @@ class Crew:
         """Where a child may be tried next; None stands for wherever a worker will be that waits for a machine."""
         nodes = {handle.node for handle in self.handles.values()}
         crashed = {one.node for one in self._ledger.history.attempts[number] if one.lost == "crash"}
-        return nodes - crashed or nodes
+        others = nodes - crashed
+        if others == {None} and len(nodes) > 1:
+            now = time.monotonic()
+            return others if now - self._waits_since.setdefault(number, now) < ELSEWHERE_S else nodes
+        return others or nodes
 
     def level(self) -> None:
         """Ask for children that wait behind another back, one for each worker that has none and may try it."""

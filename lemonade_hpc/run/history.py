@@ -78,6 +78,8 @@ class Attempt:
     """Why, in words."""
     done: float = 0.0
     """Share of the child's training, of 1, that its last checkpoint holds."""
+    death: str | None = None
+    """How its worker died under it, in a word or two, where that was nobody else's doing."""
 
 
 LOSSES = ("crash", "walltime", "worker", "stopped")
@@ -160,6 +162,8 @@ class History:
         """Whether the last coordinator has left in good order."""
         self.why_closed: str | None = None
         """Why the last coordinator left a run that was not complete, if it did in good order."""
+        self.halted = False
+        """Whether that was for good, until somebody starts the run anew."""
         self.initial_front: pareto.Front | None = None
         """The front of the initial networks alone, once all have reported; children may have been faster than some."""
         self._initial = self.state.front
@@ -167,7 +171,7 @@ class History:
 
     def begin(self) -> None:
         """Another coordinator has begun: it counts as a crash until it closes in good order."""
-        self.num_crashes, self.closed, self.why_closed = self.num_crashes + 1, False, None
+        self.num_crashes, self.closed, self.why_closed, self.halted = self.num_crashes + 1, False, None, False
 
     def apply(self, event: Event) -> None:
         """One more event; raises ValueError for one that cannot follow."""
@@ -203,7 +207,8 @@ class History:
         elif kind == "complete":
             self.complete = event
         elif kind == "closed":
-            self.num_crashes, self.closed, self.why_closed = 0, True, event.get("why")
+            self.num_crashes, self.closed = 0, True
+            self.why_closed, self.halted = event.get("why"), event.get("halted", False)
         else:
             raise ValueError(f"unknown event {kind!r}")
         self.num_records += 1
@@ -227,8 +232,22 @@ class History:
         self.usage.spent += event["lived_s"] * max(worker.gpus, 1)
         self.usage.busy += event["busy_s"] * max(worker.gpus, 1)
         node = worker.node or event.get("node")
-        if event["fault"] and node is not None:
-            self.strikes.setdefault(node, set()).add(f"worker {event['worker']}")
+        if event["fault"]:
+            struck = self._died_under(event["worker"], event["how"]) or {f"worker {event['worker']}"}
+            if node is not None:
+                self.strikes.setdefault(node, set()).update(struck)
+            for number in self.attempts:
+                self._forgive(number)
+
+    def _died_under(self, worker: str, how: str) -> set[str]:
+        """Charge the children that a worker was training when it died: they may be the cause."""
+        struck = set()
+        for number, attempts in self.attempts.items():
+            for one in attempts:
+                if one.worker == worker and one.lost == "worker":
+                    one.death = how
+                    struck.add(f"child {number}")
+        return struck
 
     def _lost(self, event: Event) -> None:
         self.num_lost[event["kind"]] += 1
@@ -240,12 +259,14 @@ class History:
                 self.usage.wasted += event["seconds"] * max(worker.gpus if worker else 0, 1)
                 if attempt.lost == "crash" and attempt.node is not None:
                     self.strikes.setdefault(attempt.node, set()).add(f"child {event['child']}")
-        if len({one.node for one in attempts if one.lost == "crash"}) > 1:  # then it is the child's own fault
-            self._forgive(event["child"])
+        self._forgive(event["child"])
 
     def _forgive(self, number: int) -> None:
-        for strikes in self.strikes.values():
-            strikes.discard(f"child {number}")
+        """Nodes are not at fault where a child came to grief on several: it is itself."""
+        attempts = self.attempts.get(number, [])
+        if len({one.node for one in attempts if one.lost == "crash" or one.death is not None}) > 1:
+            for strikes in self.strikes.values():
+                strikes.discard(f"child {number}")
 
     def _committed(self, outcome: dict[str, Any]) -> None:
         self.num_crashes = 0

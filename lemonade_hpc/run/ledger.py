@@ -24,6 +24,10 @@ class Halted(Stopped):
     """Stopped because somebody wanted it, or a limit of the whole run is reached: no successor may go on by itself."""
 
 
+class NoRoom(Stopped):
+    """Stopped because nothing can be written: a full disk, or one that fails."""
+
+
 class Superseded(Stopped):
     """Another coordinator has the run now, or the run folder is gone."""
 

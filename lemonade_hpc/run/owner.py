@@ -24,6 +24,7 @@ def identity(pid: int | None = None) -> dict[str, Any]:
         "pid": pid,
         "started": _started(pid),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "user": os.getuid(),
     }
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from lemonade_hpc.run import owner
+from lemonade_hpc.run.host import helper
 
 Place = tuple[str, int]
 """The first worker of a launch, and the index of a task of its array."""
@@ -70,11 +71,13 @@ def jobs_of(run_id: str, wanted: Collection[Place] = ()) -> Answer | None:
 
     sacct is asked too after `wanted` jobs that the queue has forgotten. It may not know yet of jobs just submitted.
     """
+    began = time.monotonic()
     answer = ask(*LIST)
     if answer is not None:
         there = _named(run_id, wanted, (line.split("|") for line in answer.splitlines()))
     else:
-        answer = ask("scontrol", "show", "job", "--oneliner")
+        if time.monotonic() - began < QUERY_TIMEOUT_S:  # else the controller hangs, which would not answer this either
+            answer = ask("scontrol", "show", "job", "--oneliner")
         there = _named(run_id, wanted, map(_told_by_scontrol, (answer or "").splitlines()))
     found = there[0] | there[1]
     if answer is None or not found.keys() >= set(wanted):
@@ -103,7 +106,7 @@ def judge(who: dict[str, Any]) -> owner.Verdict:
     """Whether a coordinator lives: told by its process on this machine, else by its job."""
     verdict = owner.judge(who)
     if verdict == "unknown" and who.get("slurm_job"):
-        ended = job_has_ended(who["slurm_job"])
+        ended = job_has_ended(who["slurm_job"], mine=who.get("user") == os.getuid())
         verdict = "unknown" if ended is None else "gone" if ended else "alive"
     return verdict
 
@@ -123,13 +126,19 @@ class Patient(Generic[Told]):
         return said[1]
 
 
-def job_has_ended(job: str) -> bool | None:
-    """Whether one job, which was running once, is over; None where nobody says."""
+def job_has_ended(job: str, *, mine: bool) -> bool | None:
+    """Whether one job, which was running once, is over; None where nobody says.
+
+    `mine`: it is this user's, so that it is over where the queue is told without it, for it was in there.
+    """
     answer = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
     if not answer:
         answer = ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State")
     states = (answer or "").split()
-    return states[0] in ENDED if states else None
+    if states:
+        return states[0] in ENDED
+    listed = ask(*LIST) if mine else None
+    return None if listed is None else job not in (line.partition("|")[0] for line in listed.splitlines())
 
 
 def _told_by_scontrol(line: str) -> Sequence[str]:
@@ -197,11 +206,16 @@ def _tasks(said: str) -> Iterator[int]:
             yield from range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
 
 
+def environment() -> dict[str, str]:
+    """What Slurm's commands are to see: not the job that this process may be in."""
+    return helper.outside_a_job(os.environ)
+
+
 def ask(*command: str) -> str | None:
     """What a command of Slurm's says, lists of tasks in full; None where it fails or does not answer in time."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False, env=os.environ | IN_FULL
+            command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False, env=environment() | IN_FULL
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -23,7 +23,7 @@ from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.container import Image
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
 from lemonade_hpc.run.history import History
-from lemonade_hpc.run.ledger import Halted, RunFailed
+from lemonade_hpc.run.ledger import Halted, NoRoom, RunFailed
 from lemonade_hpc.run.record import Loaded
 from lemonade_hpc.search import evolution
 from lemonade_hpc.search.evolution import Problem
@@ -35,6 +35,8 @@ MAY_CHANGE = ("cluster", "container", "storage", "search.children", "data.root")
 
 HELD_S = 60.0
 """How often a coordinator of a chain looks whether the one before, which Slurm has given up, has really ended."""
+ROOM_S = 600.0
+"""How long one waits before it leaves where nothing can be written: another one follows at once."""
 
 
 def search(config: Config, run: Path, observer: Observer, *, take_over: bool = False) -> History:
@@ -43,6 +45,8 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     Raises ConfigError (the user's input, nothing was written), RunFailed, RecordError or StoreError (exit code 1),
     Stopped (the same call goes on).
     """
+    take_over = take_over or chain.takes_over()
+    chain.refuse_early_deaths(run)
     data = data_sets.load(config.data)
     config = resolve(config, data.shape)
     if new := not (run / files.RUN).exists():
@@ -55,6 +59,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
             try:
                 calm_s = 0.0 if chain.begun_by_a_person() else config.cluster.status_s
                 lease.settle(run, config.cluster.stale_s, observer.note, take_over=take_over, calm_s=calm_s)
+                _same_image(config, run, image)
                 loaded = record.load(run, fixed)
                 history = loaded.history
                 if _nothing_to_do(run, loaded):
@@ -63,7 +68,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                     return history
                 if not new and chain.begun_by_a_person():
                     _check_backend(config)
-                chain.refuse_crash_loop(history, observer.note)
+                chain.refuse_to_go_on(run, history, observer.note)
                 digest = image.sha256 if image else None
                 journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over, image=digest)
             except lease.Behind:
@@ -83,27 +88,34 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                     coordinator.pardon()
                 coordinator.search()
             except (Stopped, RunFailed) as error:
-                coordinator.why = str(error)
-                if isinstance(error, Halted) and chain.is_link():
+                coordinator.why, coordinator.halted = str(error), isinstance(error, Halted)
+                if coordinator.halted and chain.is_link():
                     chain.end(record.read_identity(run)["run"])
                 raise
             finally:
                 coordinator.close()
-    except OSError as error:
-        if error.errno not in files.STORAGE_ERRORS:
+    except (OSError, NoRoom) as error:
+        if isinstance(error, OSError) and error.errno not in files.STORAGE_ERRORS:
             raise
-        raise Stopped(f"cannot write: {files.in_words(error)}") from error
+        if chain.is_link():  # its successor is to begin no sooner
+            observer.note(f"cannot go on: {error}. The next coordinator looks again in {ROOM_S / 60:.0f} minutes")
+            time.sleep(ROOM_S)
+        if isinstance(error, NoRoom):
+            raise
+        raise NoRoom(f"cannot write: {files.in_words(error)}") from error
     return history
 
 
-def submit(config: Config, run: Path) -> str:
+def submit(config: Config, run: Path, *, take_over: bool = False) -> str:
     """Check everything, as `search` does, and submit the run's coordinator as a job; its id. Raises ConfigError."""
     config, data = _to_submit(config)
     _check_backend(config)
     slurm.check_script(chain.script(config, run, chain.job_name("check")), "the coordinator's job")
-    _prepare(config, data, run, container.read(config))
-    lease.check_free(run, take_over=False)
-    return chain.begin(config, run)
+    image = container.read(config)
+    _prepare(config, data, run, image)
+    lease.check_free(run, take_over=take_over)
+    _same_image(config, run, image)
+    return chain.begin(config, run, take_over=take_over)
 
 
 def submission(config: Config, run: Path) -> tuple[str, str]:
@@ -149,10 +161,10 @@ def _nothing_to_do(run: Path, loaded: Loaded) -> bool:
     return all(population.damage(run, event) is None for event in (*history.sealed, history.complete))
 
 
-def _prepare(config: Config, data: data_sets.DataSet, run: Path, image: Image | None) -> Problem:
+def _prepare(config: Config, data: data_sets.DataSet, run: Path, image: Image | None = None) -> Problem:
     """Check configuration and folder against each other; write `run.json` where the run is new."""
     if (run / files.RUN).exists():
-        return _go_on(config, data, run, image)
+        return _go_on(config, data, run)
     try:
         fixed = evolution.problem(config, Signature(data.shape, data.num_classes), data.majority_error)
     except ValueError as error:
@@ -170,7 +182,7 @@ def _prepare(config: Config, data: data_sets.DataSet, run: Path, image: Image | 
             run / files.RUN, record.identity(config, data, fixed, image.sha256 if image else None), new=True
         )
     except FileExistsError:
-        return _go_on(config, data, run, image)
+        return _go_on(config, data, run)
     except OSError as error:
         if error.errno in files.STORAGE_ERRORS:
             raise
@@ -178,11 +190,10 @@ def _prepare(config: Config, data: data_sets.DataSet, run: Path, image: Image | 
     return fixed
 
 
-def _go_on(config: Config, data: data_sets.DataSet, run: Path, image: Image | None) -> Problem:
+def _go_on(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
     """The fixed part of a run that has a `run.json`."""
     content = record.read_identity(run)
     _same(content, config, data, run)
-    _same_image(content, config, run, image)
     if not os.access(run, os.W_OK):
         raise ConfigError(f"{run}: no permission to write there")
     return record.problem_of(run, content, config)
@@ -205,10 +216,10 @@ def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run:
         raise ConfigError(f"{run}: was started with other data than {source} gives now (checksum differs)")
 
 
-def _same_image(content: dict[str, Any], config: Config, run: Path, image: Image | None) -> None:
+def _same_image(config: Config, run: Path, image: Image | None) -> None:
     """Refuse to go on in another image than last, unless that is allowed: what computes may compute otherwise."""
     numbers = files.epochs(run)
-    before = (lease.read_owner(run, numbers[-1]) if numbers else content).get("image")
+    before = (lease.read_owner(run, numbers[-1]) if numbers else record.read_identity(run)).get("image")
     now = image.sha256 if image else None
     if before == now or config.container.may_change:
         return

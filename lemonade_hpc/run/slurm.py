@@ -9,11 +9,13 @@ only its outcome does. submitit submits, and is asked nothing else.
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, ConfigError
 from lemonade_hpc.run import queue, site, worker
 from lemonade_hpc.run.backends import CANCELLED, DIED, LAST_BYTES, REQUEUED, NotNow, Refused
+from lemonade_hpc.run.history import NOT_STARTED
 from lemonade_hpc.run.request import gpus_of, parameters, script
 
 COMMANDS = ("sbatch", "squeue", "scancel", "srun")
@@ -40,13 +43,15 @@ ENDS = {
 }  # fmt: skip
 """What a state says of how a worker ended."""
 STUCK = re.compile(
-    r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|PartitionConfig|Partition\w+Limit|Max\w+PerJob|PerLimit"
+    r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|PartitionConfig|Partition\w+Limit|Max\w+PerJob|PerLimit|Grp\w*Min"
 )
 """In reasons for which a job waits until somebody changes something."""
 TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again", "inactive or drain")
 """What sbatch says, among other words, where the same call may succeed later, or has succeeded."""
 CROWDED = re.compile(r"\w*(Max|Grp)SubmitJob\w+")
 """What it says, among other words, where its user, account or QOS has as many jobs in the queue as it may."""
+RETRY_S = 600.0
+"""Longest time between submissions that fail."""
 CROWDED_S = 3600.0
 """How often it is told that this is still so."""
 NODES_MAY_BE_DOWN = "requested node configuration is not available"
@@ -95,16 +100,29 @@ def tested(text: str, *options: str) -> str | None:
     command = ("sbatch", "--test-only", *options)
     try:
         done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=queue.QUERY_TIMEOUT_S, check=False
-        )
+            command, input=text, capture_output=True, text=True, timeout=queue.QUERY_TIMEOUT_S, check=False,
+            env=queue.environment(),
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
 
 
 def may_pass(said: str) -> bool:
-    """Whether the same call may succeed later, or has succeeded."""
+    """Whether the same call of sbatch may succeed later, or has succeeded."""
     return any(words in said.lower() for words in TRANSIENT)
+
+
+@contextmanager
+def _outside_a_job() -> Iterator[None]:
+    """For submitit, which has sbatch see this process's own environment."""
+    before = dict(os.environ)
+    for key in before.keys() - queue.environment().keys():
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 class SlurmBackend:
@@ -140,6 +158,10 @@ class SlurmBackend:
         """When it was last told that there is no room."""
         self._proven = 0
         """The array that would have been taken when last tried; 0: none was tried."""
+        self._num_failures = 0
+        """Submissions in a row that failed in a way that may pass."""
+        self._doubtful: set[str] = set()
+        """Workers of such ones, which Slurm may have accepted."""
         self._doomed: list[str] = []
         """Jobs to be cancelled."""
         self._stuck: set[str] = set()
@@ -155,7 +177,7 @@ class SlurmBackend:
         To ask what the site takes is a status call.
         """
         now = time.monotonic()
-        if now - self._submitted_at < self._cluster.submit_s:
+        if now - self._submitted_at < self._between_s():
             return 0
         if self._max_array is None:
             if now - self._queried_at < self._cluster.status_s:
@@ -163,6 +185,10 @@ class SlurmBackend:
             self._queried_at, self._max_array = now, queue.max_array_size()
         most = min(self._cluster.max_array, self._max_array or self._cluster.max_array)
         return most if self._fits is None else self._room_left(min(most, self._fits))
+
+    def _between_s(self) -> float:
+        """How long to wait after a submission: longer and longer while they fail."""
+        return max(self._cluster.submit_s, min(self._cluster.submit_s * 2.0**self._num_failures, RETRY_S))
 
     def _room_left(self, size: int) -> int:
         """How many more jobs Slurm takes of this user, who had too many: tried without submitting, now and then."""
@@ -195,7 +221,8 @@ class SlurmBackend:
         executor = SlurmExecutor(folder=self._folder(names[0]), python=python)
         executor.update_parameters(**parameters(self._cluster, queue.prefix(self._run_id) + names[0], avoid))
         try:
-            jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
+            with _outside_a_job():
+                jobs = executor.map_array(worker.serve, [str(self._run)] * len(names), names)
         except FailedJobError as error:
             if CROWDED.search(str(error)):
                 self._fits, self._crowded_at = max(1, len(names) // 2), time.monotonic()
@@ -204,8 +231,11 @@ class SlurmBackend:
                 raise NotNow(f"sbatch takes no {len(names)} more jobs now, so fewer workers run: {error}") from error
             if not may_pass(str(error)):
                 raise Refused(str(error)) from error
-            self._note(f"sbatch failed, which may pass: {error}")
+            self._num_failures += 1
+            self._doubtful.update(names)
+            self._note(f"sbatch failed, which may pass; the next one is in {self._between_s():.0f} s at least: {error}")
         else:
+            self._num_failures = 0
             self._fits = None if self._fits is None or self._fits >= self._cluster.workers else 2 * self._fits
             self._jobs |= {(names[0], place): job.job_id for place, job in enumerate(jobs)}
 
@@ -239,6 +269,8 @@ class SlurmBackend:
             return REQUEUED
         if state in queue.ENDED or seen >= CONFIRMATIONS or name not in self._places:  # the last: it left long ago
             self._unexplained.discard(name)
+            if state is None and name in self._doubtful - self._heard_at.keys():
+                return NOT_STARTED
             return ENDS.get(state or "", DIED)
         self._unexplained.add(name)
         return None
@@ -264,8 +296,10 @@ class SlurmBackend:
         return logs[-1].read_bytes()[-LAST_BYTES:].decode(errors="replace").strip() if logs else ""
 
     def step(self) -> None:
-        """Cancel what is to be, and ask for the state of jobs, now and then, while a worker is not heard of."""
-        self._cancel()
+        """Cancel what is to be, or ask for the state of jobs, now and then, while a worker is not heard of."""
+        if self._doomed:
+            self._cancel()
+            return
         now = time.monotonic()
         asked = [name for name in self._places if self._silent(name) and self._ended.get(name, 0) < CONFIRMATIONS]
         asked += self._unexplained - set(asked)

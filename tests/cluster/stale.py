@@ -25,7 +25,9 @@ from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
-import mfusepy
+os.environ["FUSE_LIBRARY_NAME"] = "fuse3"  # else it takes the older one, where that is installed too
+
+import mfusepy  # noqa: E402
 
 T = TypeVar("T")
 STAT = ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks")

@@ -57,7 +57,10 @@ class Cluster:
         options = (f"--seconds={STALE_S}", f"--seed={seed}")
         with subprocess.Popen([*inside, *view, *options], stderr=subprocess.DEVNULL) as process:
             mounts = Path(f"/proc/{process.pid}/mounts")
-            wait_for(f"{name} is there", lambda: f" {self.folder} fuse " in mounts.read_text())
+            wait_for(
+                f"{name} is there", lambda: process.poll() is not None or f" {self.folder} fuse " in mounts.read_text()
+            )
+            assert process.poll() is None, f"the view of {name} has ended with {process.returncode}"
             self.pids[name] = process.pid
             yield
             process.terminate()

@@ -225,7 +225,7 @@ def search(
 ) -> History:
     """`session.search` with fake trainers, or with the given backend."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "_backend", lambda run, config, observer: backend or FakeBackend(run, behave))
+        patch.setattr(session, "_backend", lambda run, config, image, observer: backend or FakeBackend(run, behave))
         return session.search(settings, run, notes or Notes(), take_over=take_over)
 
 

@@ -236,15 +236,15 @@ def _a_chain(story: Story) -> None:
     story.until_seen(r"-coordinator PENDING Dependency")
     story.ask("the script looks again", lambda: queue.ask(*shlex.split(look)))
     _, second = story.ask("chain.queued", lambda: sorted(chain.queued(story.id)))
-    story.ask("whether the first has ended", lambda: queue.job_has_ended(first))
-    story.ask("whether the second has ended", lambda: queue.job_has_ended(second))
+    story.ask("whether the first has ended", lambda: queue.job_has_ended(first, mine=False))
+    story.ask("whether the second has ended", lambda: queue.job_has_ended(second, mine=False))
     story.ask("the script cancels it", lambda: queue.ask(*shlex.split(cancel)))
     story.ask("chain.end", lambda: chain.end(story.id))
-    story.ask("whether the second has ended", lambda: queue.job_has_ended(second))
+    story.ask("whether the second has ended", lambda: queue.job_has_ended(second, mine=False))
     story.ask("chain.queued", lambda: sorted(chain.queued(story.id)))
     story.ask("cancel the first", lambda: queue.ask("scancel", first))
     story.until_seen(rf"{first} \S+ CANCELLED")
-    story.ask("whether an unknown one has ended", lambda: queue.job_has_ended(NO_JOB))
+    story.ask("whether an unknown one has ended", lambda: queue.job_has_ended(NO_JOB, mine=False))
     story.ask("cancel an unknown one", lambda: queue.ask("scancel", NO_JOB))
 
 
@@ -288,7 +288,7 @@ def _coordinator(story: Story) -> str:
 def _outages(story: Story) -> None:
     story.happens("slurmdbd ends")
     story.jobs("w0", 6, ("squeue", "scontrol"))
-    story.ask("whether an unknown one has ended", lambda: queue.job_has_ended(NO_JOB))
+    story.ask("whether one of mine that is unknown has ended", lambda: queue.job_has_ended(NO_JOB, mine=True))
     story.happens("slurmdbd starts")
     story.happens("slurmctld ends")
     story.ask("site limit", queue.max_array_size)

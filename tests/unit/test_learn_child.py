@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lemonade_hpc import config, data, files
+from lemonade_hpc import __version__, config, data, files
 from lemonade_hpc.config import ConfigError
 from lemonade_hpc.learn import child, training, transfer
 from lemonade_hpc.learn.child import Lab
@@ -47,7 +47,7 @@ def make_run(folder: Path, **changed: Any) -> tuple[Path, Path]:
     owner = folder / files.owner(1)
     owner.parent.mkdir(parents=True)
     files.write_json(folder / files.RUN, {"config": content, "data": {"checksum": found.checksum}})
-    files.write_json(owner, {"config": content})
+    files.write_json(owner, {"config": content, "code": __version__})
     return folder, owner
 
 

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from lemonade_hpc import config as configs
 from lemonade_hpc import files
 from lemonade_hpc.config import ConfigError
-from lemonade_hpc.run import cancel, chain, lease, queue, record, session, slurm, status
+from lemonade_hpc.run import cancel, chain, lease, owner, queue, record, session, slurm, status
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.ledger import Halted
 
@@ -25,6 +26,7 @@ import run_doubles as doubles  # noqa: E402
 
 COMMAND = """#!/bin/bash
 echo "$(basename $0) $@" >> "$(dirname $0)/calls"
+[ "$(basename $0)" = scancel ] && rm -f "$(dirname $0)/squeue.says"
 [ -f "$0.fails" ] && { cat "$0.fails" >&2; exit 1; }
 [ -f "$0.says" ] && cat "$0.says"
 exit 0
@@ -190,9 +192,9 @@ def test_a_job_knows_whether_a_person_has_submitted_it(
 @pytest.mark.parametrize(
     ("restarts", "refused", "queued", "calls"),
     [("", False, "", ["sbatch"]), ("1", False, "4712\n", ["squeue"]), ("1", False, "", ["squeue", "sbatch"]),
-     ("", True, "4712\n", ["sbatch", "squeue"]), ("", True, "", ["sbatch", "squeue", "sbatch"])],
+     ("", True, "4712\n", ["sbatch", "squeue"]), ("", True, "", ["sbatch", "squeue", "sbatch", "squeue", "sbatch"])],
 )  # fmt: skip
-def test_a_job_that_has_a_successor_submits_none(
+def test_a_job_submits_its_successor_until_there_is_one(
     run: Path, commands: Commands, restarts: str, refused: bool, queued: str, calls: list[str]
 ) -> None:
     """It may have one if it was requeued, or if sbatch has timed out; otherwise Slurm is not asked."""
@@ -203,12 +205,13 @@ def test_a_job_that_has_a_successor_submits_none(
         commands.fail("sbatch", "sbatch: error: Socket timed out on send/recv operation\n")
     script = (run / "slurm/coordinator.sbatch").read_text()
     start = script.index(sys.executable)
-    changed = script.replace(script[start : script.index(" &\n", start)], "true").replace("sleep 30", "true")
+    changed = script.replace(script[start : script.index(" &\n", start)], "sleep 1").replace("sleep 60", "sleep 0.1")
     environment = os.environ | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
     done = subprocess.run(["bash", "-c", changed], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0 and ("no successor could be submitted" in done.stderr) == (refused and not queued)
+    assert done.returncode == 0
     made = [call.split()[0] for call in (commands.folder / "calls").read_text().splitlines()]
-    assert made == [*calls, "scancel"]
+    assert made[: len(calls)] == calls and made[-1] == "scancel"
+    assert (len(made) == len(calls) + 1) == (not refused or bool(queued))  # else it is tried again and again
 
 
 def test_signals_reach_the_coordinator_and_the_job_waits_for_it(run: Path, commands: Commands) -> None:
@@ -342,6 +345,49 @@ def test_a_link_waits_for_a_coordinator_that_still_lives(
     assert waits == [session.HELD_S] * 3 and len(notes.about("Waiting for that")) == 3
 
 
+def early(run: Path, jobs: Sequence[int]) -> None:
+    """Jobs of a chain that have left a log, and nothing else."""
+    for job in jobs:
+        (run / files.SLURM / f"coordinator-{job}.log").touch()
+
+
+def test_a_chain_whose_coordinators_end_before_they_begin_ends(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory while they read the data, say: no record tells of them. Nothing is read in that case."""
+    session.submit(settings(), run)
+    early(run, [3, 5, *range(4711, 4711 + chain.MAX_CRASHES)])  # two of a chain before
+    monkeypatch.setenv(chain.LINK, "next")
+    doubles.search(run, settings(), backend=doubles.FakeBackend(run))
+    owned = json.loads((run / files.owner(1)).read_text())
+    owned["owner"]["slurm_job"] = "4720"
+    (run / files.owner(1)).write_text(json.dumps(owned))
+    early(run, range(4721, 4721 + chain.MAX_CRASHES))
+    doubles.search(run, settings(), backend=doubles.FakeBackend(run))
+    early(run, [4730])
+    monkeypatch.setattr(session.data_sets, "load", lambda data: pytest.fail("this is what may kill it"))
+    with pytest.raises(RunFailed, match=r"5 coordinators in a row ended before they had read .*coordinator_mem_gb"):
+        doubles.search(run, settings(), backend=doubles.FakeBackend(run))
+    monkeypatch.undo()
+    doubles.install(monkeypatch)
+    assert doubles.search(run, settings(), backend=doubles.FakeBackend(run)).state.complete
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_link_that_cannot_write_leaves_late(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, link: bool
+) -> None:
+    """Its successor begins at once, and would find the same."""
+    if link:
+        monkeypatch.setenv(chain.LINK, "next")
+    waits: list[float] = []
+    monkeypatch.setattr(session, "time", SimpleNamespace(sleep=waits.append))
+    notes = doubles.Notes()
+    with pytest.raises(Stopped, match="cannot write: .*No space left on device"):
+        doubles.search(run, settings(), lambda task: "storage", notes=notes)
+    assert waits == [session.ROOM_S] * link and len(notes.about("looks again in 10 minutes")) == link
+
+
 # ---------------------------------------------------------------- whether a job's coordinator lives
 
 
@@ -369,6 +415,20 @@ def test_slurm_tells_of_a_coordinator_on_another_node(
     assert queue.judge({"slurm_job": None}) == "unknown"
 
 
+@pytest.mark.parametrize(
+    ("listed", "mine", "verdict"),
+    [("78|x|RUNNING|None|n1\n", True, "gone"), ("78|x|RUNNING|None|n1\n", False, "unknown"), ("", True, "gone"),
+     ("77|x|RUNNING|None|n1\n", True, "alive"), (None, True, "unknown")],
+)  # fmt: skip
+def test_a_job_of_ones_own_that_nobody_has_an_account_of_is_over_once_the_queue_is_without_it(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None, mine: bool, verdict: str
+) -> None:
+    """Slurm has forgotten it, and there is no accounting: a successor that waited long is to take over all the same."""
+    monkeypatch.setattr(queue.owner, "judge", lambda who: "unknown")
+    monkeypatch.setattr(queue, "ask", lambda *command: listed if command == queue.LIST else None)
+    assert queue.judge({"slurm_job": "77", "user": os.getuid() + (not mine)}) == verdict
+
+
 def test_what_is_known_of_the_process_needs_no_slurm(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     for known in ("alive", "gone"):
         monkeypatch.setattr(queue.owner, "judge", lambda who, known=known: known)
@@ -392,8 +452,91 @@ def test_a_coordinator_that_has_only_waited_is_cancelled_too(run: Path, commands
     commands.say("squeue", "4711\n")
     said = end(run)
     assert "job 4711 (a coordinator that waited)" in (said if isinstance(said, str) else said[0])
+    assert commands.calls("scancel") == ["scancel 4711"]
+
+
+@pytest.mark.parametrize("end", [cancel.stop, cancel.cancel])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_coordinator_that_has_been_started_and_not_begun_is_cancelled_with_those_that_follow(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, end: Any, begun: bool
+) -> None:
+    """It reads the data, or waits for late files, and has just submitted its successor."""
+    session.submit(settings(), run)
+    if begun:
+        doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
+    left, asked = [["4711"], ["4711", "4712"], ["4712"], []], list[tuple[str, ...]]()
     name = chain.job_name(record.read_identity(run)["run"])
-    assert commands.calls("scancel") == [f"scancel --me --name={name} --state=PENDING"]
+
+    def ask(*command: str) -> str:
+        asked.append(command)
+        if command[0] == "squeue" and f"--name={name}" in command:
+            return "\n".join(left.pop(0) if left else [])
+        return f"4711|{name}|RUNNING|None|n1\n4712|{name}|CANCELLED|None|\n"  # are no workers
+
+    monkeypatch.setattr(queue, "ask", ask)
+    monkeypatch.setattr(cancel, "POLL_JOB_S", 0.0)
+    said = str(end(run))
+    assert "job 4711 (a coordinator that waited)" in said and "job 4712 (a coordinator that waited)" in said
+    assert [command for command in asked if command[0] == "scancel"] == [("scancel", "4711"), ("scancel", "4712")]
+
+
+def test_stop_without_a_coordinator_cancels_workers_that_wait(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
+    name = f"lemonade-{record.read_identity(run)['run'][:8]}-e1w00"
+    commands.say("squeue", f"7_0|{name}|RUNNING|None|n1\n7_1|{name}|PENDING|Priority|\n")
+    assert cancel.stop(run).startswith("job 7_1 is cancelled; no coordinator is at work")
+    assert commands.calls("scancel") == ["scancel 7_1"]
+
+
+def test_a_stop_that_slurm_does_not_hear_of_stops_the_coordinator_at_work(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.submit(settings(), run)
+    doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
+    monkeypatch.setattr(cancel.queue, "judge", lambda who: "alive")
+    commands.fail("squeue")
+    assert cancel.stop(run).startswith("told process ") and (run / files.stop_order(1)).read_bytes()
+
+
+def test_what_sbatch_says_of_a_coordinators_job(run: Path, commands: Commands) -> None:
+    commands.fail("sbatch", "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation\n")
+    with pytest.raises(ConfigError, match="Slurm does not take the coordinator's job now; try again later. It says: "):
+        session.submit(settings(), run)
+    squeue = commands.folder / "squeue"
+    squeue.write_text('#!/bin/bash\n[ -e "$0.asked" ] && echo 4713; touch "$0.asked"\n')  # it was accepted
+    assert session.submit(settings(), run) == "4713"
+    squeue.write_text("#!/bin/bash\n")
+    commands.fail("sbatch", "sbatch: error: Batch job submission failed: Invalid account\n")
+    with pytest.raises(ConfigError, match="Slurm refuses the coordinator's job. It says: .*Invalid account"):
+        chain.begin(settings(), run)
+
+
+def test_a_submission_takes_over_where_a_person_says_so(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its coordinator was a search on another machine that has crashed."""
+    doubles.start(run, settings(stale_s=0), doubles.FakeBackend(run))._ledger.close()
+    monkeypatch.setattr(owner, "judge", lambda who: "unknown")
+    with pytest.raises(ConfigError, match="add --take-over"):
+        session.submit(settings(stale_s=0), run)
+    session.submit(settings(stale_s=0), run, take_over=True)
+    assert commands.calls("sbatch")[-1].endswith("coordinator.sbatch take-over")
+    monkeypatch.setenv(chain.LINK, "take-over")
+    assert chain.begun_by_a_person()
+    assert doubles.search(run, settings(stale_s=0)).state.complete
+
+
+def test_directives_that_a_site_does_not_take_are_left_out_of_a_coordinators_script_too(
+    run: Path, commands: Commands
+) -> None:
+    skipped = settings(skip=["cpus-per-task", "mem", "no-requeue"], coordinator_extra={"mem-per-cpu": "2G"})
+    script = session.submission(skipped, run)[0]
+    options = [line.partition(" --")[2] for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert "mem-per-cpu=2G" in options and not {"mem=4096M", "cpus-per-task=1", "no-requeue"} & set(options)
+    options = [line.partition(" --")[2] for line in session.submission(settings(), run)[0].splitlines()]
+    assert {"mem=4096M", "cpus-per-task=1", "no-requeue"} <= set(options)
 
 
 def test_scripts_cannot_be_shown_where_slurm_is_not(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,9 +626,10 @@ def test_stop_ends_the_chain_also_where_no_coordinator_is_at_work(run: Path, com
     session.submit(settings(), run)
     assert cancel.stop(run).startswith("no coordinator is at work")
     doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
-    assert cancel.stop(run).startswith("no coordinator is at work")
-    assert len(commands.calls("scancel")) == 2
-    assert not (run / files.stop_order(1)).read_bytes()
+    commands.say("squeue", "4712\n")
+    told = cancel.stop(run)
+    assert told.startswith("job 4712 (a coordinator that waited) is cancelled; no coordinator is at work")
+    assert commands.calls("scancel") == ["scancel 4712"] and not (run / files.stop_order(1)).read_bytes()
 
 
 def test_a_coordinator_on_another_node_is_cancelled_by_its_job(

@@ -270,7 +270,7 @@ def test_workers_that_die_are_counted_apart_and_cost_the_child_nothing(run: Path
 
 
 def test_a_child_under_which_workers_die_for_ever_is_given_up(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budgets, "MAX_WORKER_LOSSES", 3)
+    monkeypatch.setattr(budgets, "MAX_DEATHS", 3)
     backend = doubles.FakeBackend(run, lambda task: "long" if task["child"] == 5 else None)
     step = backend.step
 
@@ -339,7 +339,7 @@ def test_workers_that_leave_in_a_row_with_nothing_done_end_the_run(run: Path, mo
             one.signalled = one._current is not None
 
     backend.step = step_and_signal  # type: ignore[method-assign]
-    with pytest.raises(RunFailed, match=r"7 workers in a row ended.* left its children: signalled"):
+    with pytest.raises(RunFailed, match=r"9 workers in a row ended.* left its children: signalled"):
         doubles.search(run, SETTINGS, backend=backend)
     assert {kind for _, kind in lost(run)} == {"worker", "stopped"}
 
@@ -350,10 +350,10 @@ def test_workers_that_leave_in_a_row_with_nothing_done_end_the_run(run: Path, mo
 def test_unfit_workers_in_a_row_end_the_run(run: Path) -> None:
     notes = doubles.Notes()
     with pytest.raises(
-        RunFailed, match=r"(?s)7 workers in a row ended and no child was trained meanwhile. .*no GPU here"
+        RunFailed, match=r"(?s)9 workers in a row ended and no child was trained meanwhile. .*no GPU here"
     ):
         doubles.search(run, SETTINGS, lambda task: "unfit", notes=notes)
-    assert len(notes.about("cannot start training: exit code 1\nno GPU here")) == 7
+    assert len(notes.about("cannot start training: exit code 1\nno GPU here")) == 9
     assert {kind for _, kind in lost(run)} == {"stopped"}
     history = doubles.search(run, SETTINGS)  # the same call, once it is mended
     assert history.state.complete and history.state.num_failed == 0
@@ -375,7 +375,7 @@ def test_workers_that_die_in_a_row_end_the_run(run: Path) -> None:
         def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
             pass
 
-    with pytest.raises(RunFailed, match=r"7 workers in a row .* The last: worker e1w\d\d died"):
+    with pytest.raises(RunFailed, match=r"9 workers in a row .* The last: worker e1w\d\d died"):
         doubles.search(run, SETTINGS, backend=Stillborn(run))
 
 
@@ -460,11 +460,11 @@ def test_what_else_a_worker_said_before_its_disk_was_full_is_not_lost(run: Path)
 
 
 def running(
-    run: Path, settings: Any = SETTINGS, word: str = "long"
+    run: Path, settings: Any = SETTINGS, word: str = "long", notes: doubles.Notes | None = None
 ) -> tuple[coordinator.Coordinator, Any, Any, Message]:
     """A coordinator with a worker that has a child in training: both, the handle, and the task."""
     backend = doubles.FakeBackend(run, lambda task: word)
-    made = doubles.start(run, settings, backend)
+    made = doubles.start(run, settings, backend, notes)
     for _ in range(3):
         made._turn()
     handle = made._crew.handles["e1w00"]
@@ -499,9 +499,10 @@ def test_only_the_first_outcome_of_a_child_counts(run: Path) -> None:
     assert committed(run) == [first]
 
 
-def test_a_zombies_later_outcome_is_ignored(run: Path) -> None:
+def test_a_zombies_later_outcome_is_told_and_ignored(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker counted as dead reports when its child has long gone to another."""
-    made, backend, handle, task = running(run)
+    notes = doubles.Notes()
+    made, backend, handle, task = running(run, notes=notes)
     zombie = backend.workers.pop(handle.name)
     backend.workers.clear()
     backend.behave = lambda task: None
@@ -512,9 +513,11 @@ def test_a_zombies_later_outcome_is_ignored(run: Path) -> None:
     zombie._done.append(
         [{"say": "outcome", "outcome": doubles.outcome(task, run) | {"objectives": {"val_error": 0.0}}}]
     )
+    monkeypatch.setattr(crew, "LISTEN_S", 0.0)
     for _ in range(3):
         made._turn()
     made.close()
+    assert notes.about(f"child {task['child']}: an outcome by {handle.name}, long given up, comes too late")
     told = [outcome for outcome in committed(run) if outcome["child"] == task["child"]]
     assert len(told) == 1 and told[0]["attempt"] == "e1a2"
     assert doubles.search(run, SETTINGS).state.complete

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,6 +17,7 @@ from lemonade_hpc.run.backends import NotNow
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.history import Attempt, History
+from lemonade_hpc.run.ledger import Halted
 from lemonade_hpc.run.log import LogWriter, Message
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -237,6 +239,88 @@ def ending(run: Path, how: str, times: int) -> FakeCluster:
 
     backend.step = step_and_end  # type: ignore[method-assign]
     return backend
+
+
+def killing(run: Path, how: str, when: Callable[[str, int], bool], num_nodes: int) -> FakeCluster:
+    """A cluster on which the worker of a node dies so when it trains a child for which that holds."""
+    backend = FakeCluster(run, lambda node, task: "long" if when(node, task["child"]) else None, num_nodes=num_nodes)
+    step = backend.step
+
+    def step_and_kill() -> None:
+        step()
+        for name, one in list(backend.workers.items()):
+            if one._current is not None and when(backend.node_of[name], one._current["child"]):
+                backend.ends[name] = how
+                backend.die(name)
+
+    backend.step = step_and_kill  # type: ignore[method-assign]
+    return backend
+
+
+@pytest.mark.parametrize("workers", [1, WORKERS, 6])
+@pytest.mark.parametrize(
+    ("how", "kind", "attempts", "says"),
+    [("out of memory", "memory", 3, r"3 attempts .* is gone: out of memory; raise cluster.mem_gb"),
+     ("died", "death", budgets.MAX_DEATHS + 1, r"6 attempts .* is gone: died$")],
+)  # fmt: skip
+def test_a_child_that_takes_its_worker_down_fails_and_nobody_else_pays(
+    run: Path, workers: int, how: str, kind: str, attempts: int, says: str
+) -> None:
+    backend = killing(run, how, lambda node, child: child == 5, num_nodes=workers)
+    history = doubles.search(run, settings(workers=workers), backend=backend)
+    assert history.state.complete and history.excluded == {}
+    (failure,) = [one["failure"] for one in history.failures]
+    assert failure["kind"] == kind and re.search(says, failure["reason"]), failure
+    assert len([event for event in told(run, "attempt") if event["child"] == 5]) == attempts
+    doubles.assert_sound(run)
+
+
+def test_a_node_where_workers_die_under_any_child_is_excluded(run: Path) -> None:
+    backend = killing(run, "died", lambda node, child: node == "n1", num_nodes=WORKERS)
+    history = doubles.search(run, settings(), backend=backend)
+    assert history.state.complete and history.state.num_failed == 0 and list(history.excluded) == ["n1"]
+    assert history.excluded["n1"].count("child ") == budgets.STRIKES
+
+
+def test_workers_whose_submission_failed_are_no_misfortune_and_do_not_count(run: Path) -> None:
+    class Closed(FakeCluster):
+        num_tried = 0
+
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            self.num_tried += 1
+            if self.num_tried <= 15:  # more than misfortunes may be
+                self.ends |= dict.fromkeys(names, "not started")
+            else:
+                super().launch(names, avoid)
+
+    notes = doubles.Notes()
+    history = doubles.search(run, settings(max_workers=WORKERS), backend=Closed(run), notes=notes)
+    assert history.state.complete and history.num_launched == WORKERS and notes.notes == []
+
+
+def test_a_child_that_crashed_waits_for_a_worker_that_may_never_start_for_some_time_only(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Narrow(FakeCluster):
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            super().launch(names[: 1 - len(self.workers)], avoid)
+            self.pending = set(names) - self.workers.keys()
+
+        def alive(self, name: str) -> bool:
+            return name in self.workers or name in self.pending
+
+    first: set[int] = set()
+    backend = Narrow(run, lambda node, task: "crash" if task["child"] == 1 and not first else None)
+    made = doubles.start(run, settings(), backend)
+    for _ in range(50):
+        made._turn()
+        first |= {1} & {number for number, tries in made.history.attempts.items() if any(one.lost for one in tries)}
+    assert [one.lost for one in made.history.attempts[1]] == ["crash"]
+    monkeypatch.setattr(crew, "ELSEWHERE_S", 0.0)
+    for _ in range(50):
+        made._turn()
+    assert made.history.state.num_committed > 2
+    made.close()
 
 
 @pytest.mark.parametrize("how", ["preempted", "node failure", "time limit"])
@@ -487,6 +571,64 @@ def test_usage_adds_up_over_workers_and_gpus(run: Path) -> None:
 
 
 # ---------------------------------------------------------------- a coordinator that leaves
+
+
+def reversed_order(run: Path, children: int = 18) -> tuple[coordinator.Coordinator, FakeCluster]:
+    """One in generational mode that has the outcome of a later child, and not that of an earlier one."""
+    backend = FakeCluster(run, lambda node, task: "long" if task["child"] == 4 else None)
+    made = doubles.start(run, settings(children=children), backend)
+    while not made._arrived:
+        made._turn()
+    return made, backend
+
+
+def test_a_drained_run_stops_though_it_has_outcomes_that_cannot_be_told_yet(run: Path) -> None:
+    """The one before them was given back, or its worker has died: whoever goes on finds them."""
+    made, backend = reversed_order(run)
+    (run / files.stop_order(1)).write_bytes(b".")
+    (name,) = [name for name, one in backend.workers.items() if one._current and one._current["child"] == 4]
+    backend.die(name)
+    with pytest.raises(Stopped, match="stopped by `lemonade-hpc stop`"):
+        made.search()
+    arrived = set(made._arrived)
+    assert arrived
+    made.halted = True
+    made.close()
+    history = doubles.search(run, settings())
+    assert doubles.front(history) == doubles.front(doubles.search(run.with_name("other"), settings()))
+    attempts = Counter(event["child"] for event in told(run, "attempt"))
+    assert {attempts[child] for child in arrived} == {1}
+
+
+def test_a_signal_does_not_undo_a_stop(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked, given out or submitted any more, and no successor goes on by itself."""
+    made, backend = reversed_order(run, children=60)
+    (run / files.stop_order(1)).write_bytes(b".")
+    made._turn()
+    before = len(told(run, "attempt")), made.history.num_launched, made.history.state.num_asked
+    made.stop_signal = 10
+    with pytest.raises(Halted, match="stopped by `lemonade-hpc stop`") as stopped:
+        made.search()
+    assert before == (len(told(run, "attempt")), made.history.num_launched, made.history.state.num_asked)
+    made.why, made.halted = str(stopped.value), True
+    made.close()
+    with monkeypatch.context() as patch:
+        patch.setenv(chain.LINK, "next")
+        patch.setattr(chain.queue, "ask", lambda *command: "")
+        with pytest.raises(Halted, match="stopped by `lemonade-hpc stop`"):
+            doubles.search(run, settings(children=60))
+    assert doubles.search(run, settings(children=60)).state.complete
+
+
+def test_a_coordinator_that_must_leave_does_not_ask_slurm(run: Path) -> None:
+    backend = FakeCluster(run, lambda node, task: "long")
+    made = doubles.start(run, settings(), backend)
+    made._turn()
+    backend.step = lambda: pytest.fail("Slurm may take a minute to answer")  # type: ignore[method-assign]
+    made.stop_signal = 10
+    with pytest.raises(Stopped, match="stopped by SIGUSR1"):
+        made.search()
+    made.close()
 
 
 def leaving(run: Path, chosen: Any) -> coordinator.Coordinator:

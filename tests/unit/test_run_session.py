@@ -73,7 +73,10 @@ def test_a_changed_setting_is_refused_by_name_and_nothing_is_changed(
         doubles.search(run, changed(change))
     text = str(refusal.value)
     assert f"was started with {key} = " in text or f"was started without {key}, now it is 'macs'" in text
-    assert "only cluster, storage, search.children, data.root may change" in text and "another --run folder" in text
+    assert (
+        "only cluster, container, storage, search.children, data.root may change" in text
+        and "another --run folder" in text
+    )
     assert doubles.contents(run) == before
 
 
@@ -433,7 +436,7 @@ def test_the_configured_backend_is_used(run: Path) -> None:
     session._prepare(SETTINGS, doubles.images(), run)
     for name, kind in (("inline", "InlineBackend"), ("local", "LocalBackend"), ("slurm", "SlurmBackend")):
         settings = doubles.config(cluster={"backend": name})
-        assert type(session._backend(run, settings, doubles.Notes())).__name__ == kind
+        assert type(session._backend(run, settings, None, doubles.Notes())).__name__ == kind
 
 
 def test_a_run_starts_with_its_identity(run: Path) -> None:

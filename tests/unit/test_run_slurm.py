@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,6 +185,55 @@ def test_a_partition_that_is_drained_refuses_nobody_for_good(
     assert len(notes) == 1 and "inactive or drain" in notes[0]
 
 
+def test_submissions_that_fail_in_a_way_that_may_pass_are_tried_less_and_less_often_and_start_nobody(
+    run: Path, queue: Queue
+) -> None:
+    one, _ = backend(run, submit_s=10)
+    waits = []
+    for k in range(8):
+        queue.controller = True
+        assert one.room() > 0
+        queue.controller = False
+        one.launch([f"w{k}"], [])
+        queue.controller = True
+        began = queue.now
+        while not one.room():
+            queue.now += 5
+        waits.append(queue.now - began)
+    assert waits == [20, 40, 80, 160, 320, 600, 600, 600]
+    turns(one, queue, 130)
+    assert not one.alive("w0") and one.ended("w0") == "not started"
+    one.launch(["w9"], [])
+    assert not one._between_s() > 10
+    queue.shows({})
+    turns(one, queue, 300)
+    assert one.ended("w9") == "died"  # this one was accepted
+
+
+def test_what_is_submitted_does_not_see_the_job_that_its_coordinator_is_in(
+    run: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its srun would take that job's memory, tasks and binding for options."""
+    own = {"SLURM_MEM_PER_NODE": "4096", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_JOB_ID": "7"}
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "a", "HOME": "/home/x", "SBATCH_ACCOUNT": "lab"}
+    for key, value in (own | kept).items():
+        monkeypatch.setenv(key, value)
+    answer, seen = queue.answer, dict[str, str]()
+    fake_slurm.install(monkeypatch, lambda command, stdin: seen.update(os.environ) or answer(command, stdin))  # type: ignore[func-returns-value]
+    one, _ = backend(run)
+    one.launch(["w0"], [])
+    assert kept.items() <= seen.items() and not own.keys() & seen.keys()
+    assert own.items() <= os.environ.items()
+    asked: list[dict[str, str]] = []
+    monkeypatch.setattr(slurm.subprocess, "run", lambda *words, env, **more: asked.append(env) or Answer(0))
+    monkeypatch.setattr(slurm_queue, "subprocess", slurm.subprocess)
+    with contextlib.suppress(AttributeError):
+        slurm.refusal("#!/bin/sh")
+    with contextlib.suppress(AttributeError):
+        slurm_queue.ask("squeue")
+    assert len(asked) == 2 and not any(own.keys() & env.keys() for env in asked)
+
+
 def test_an_sbatch_that_cannot_be_run_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert slurm.refusal("#!/bin/bash") is None
@@ -263,12 +314,14 @@ def test_a_reason_to_wait_that_does_not_pass_is_told_once(run: Path, queue: Queu
         "ReqNodeNotAvail, UnavailableNodes:n1",
         "PartitionTimeLimit",
         "JobHeldUser",
+        "AssocGrpCPUMinutesLimit",
+        "QOSGrpGRESMinutes",
     ):
         queue.shows({"5": ("lemonade-01234567-w0", "PENDING")}, reason)
         turns(one, queue, 200)
     assert notes == [
         f"job 5 waits for a reason that does not pass by itself: {reason}"
-        for reason in ("PartitionTimeLimit", "JobHeldUser")
+        for reason in ("PartitionTimeLimit", "JobHeldUser", "AssocGrpCPUMinutesLimit", "QOSGrpGRESMinutes")
     ]
 
 
@@ -303,6 +356,20 @@ def test_scontrol_answers_where_squeue_does_not(monkeypatch: pytest.MonkeyPatch)
         ("w9", 0): slurm_queue.Job("79", "PENDING", "Priority"),
         **{("w0", place): slurm_queue.Job(f"77_{place}", "PENDING", "Resources") for place in (4, 6, 7)},
     }  # fmt: skip
+
+
+def test_a_controller_that_hangs_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that must leave is to hear of that within a minute."""
+    asked, now = answers(monkeypatch), [0.0]
+    ask = slurm_queue.ask
+
+    def slowly(*command: str) -> str | None:
+        now[0] += slurm_queue.QUERY_TIMEOUT_S
+        return ask(*command)
+
+    monkeypatch.setattr(slurm_queue, "ask", slowly)
+    monkeypatch.setattr(slurm_queue, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    assert slurm_queue.jobs_of("0123456789") is None and asked == ["squeue", "sacct"]
 
 
 def test_sacct_knows_what_the_queue_has_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,9 @@ KEPT = (
     "|TERM|COLUMNS|LANG|LC_ALL|TZ"
 )
 """Variables of the host that are seen inside, as an extended regular expression."""
+JOBS_OWN = r"SLURM_(?!(CONF|CLUSTERS|JWT|TIME_FORMAT)$).*"
+"""Variables that tell a process of the job it is in. What it submits is not to inherit them: srun would take them for
+its options."""
 LOADER = ("LD_LIBRARY_PATH", "LD_PRELOAD")
 """Variables that may lead Apptainer's own tools to a wrong library."""
 WITH_CONFIG = ("search", "submit", "doctor")
@@ -145,8 +148,12 @@ class Helper:
             self._free.acquire()
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError:  # closed; or too many files are open
+                self._free.release()
+                if self._socket.fileno() == -1:
+                    return
+                time.sleep(0.1)
+                continue
             threading.Thread(target=self._attend, args=(connection,), daemon=True).start()
 
     def _attend(self, connection: socket.socket) -> None:
@@ -214,8 +221,8 @@ def _read(connection: socket.socket) -> Any:
 
 def _run(command: List[str], cwd: str, text: str) -> Dict[str, Any]:
     """A command's exit code and output."""
-    limit, environ = RUN_S.get(command[0], OTHERS_S), dict(os.environ, SLURM_BITSTR_LEN="0")
-    pipe = subprocess.PIPE
+    limit, pipe = RUN_S.get(command[0], OTHERS_S), subprocess.PIPE
+    environ = dict(outside_a_job(os.environ), SLURM_BITSTR_LEN="0")
     try:
         process = subprocess.Popen(command, cwd=cwd, env=environ, stdin=pipe, stdout=pipe, stderr=pipe)
     except OSError as error:
@@ -227,6 +234,11 @@ def _run(command: List[str], cwd: str, text: str) -> Dict[str, Any]:
         process.communicate()
         return {"code": TIMED_OUT, "out": "", "err": "{}: timed out after {:g} s\n".format(command[0], limit)}
     return {"code": process.returncode, "out": out.decode(errors="replace"), "err": err.decode(errors="replace")}
+
+
+def outside_a_job(environ: Mapping[str, str]) -> Dict[str, str]:
+    """What a command that submits jobs is to see of an environment."""
+    return {key: value for key, value in environ.items() if not re.fullmatch(JOBS_OWN, key)}
 
 
 # ---------------------------------------------------------------- starting inside
@@ -499,13 +511,25 @@ def main(arguments: List[str]) -> int:
     try:
         folders.append(helper.folder)
         seen = {"APPTAINERENV_" + SOCKET: helper.path, "APPTAINERENV_PREPEND_PATH": SHIMS, **told}
-        process = subprocess.Popen([*inside(image, folders), "lemonade-hpc", *words], env={**environ, **seen})
-        for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(which, lambda number, frame: process.send_signal(number))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
-        code = process.wait()
+        return _wait([*inside(image, folders), "lemonade-hpc", *words], {**environ, **seen})
     finally:
         helper.close()
+
+
+def _wait(words: List[str], environ: Dict[str, str]) -> int:
+    """Run a command, which hears the signals that come here; its exit code."""
+    processes = []  # type: List[subprocess.Popen[bytes]]
+
+    def pass_on(number: int, frame: Any) -> None:
+        if not processes:
+            sys.exit(128 + number)
+        processes[0].send_signal(number)
+
+    for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(which, pass_on)
+    processes.append(subprocess.Popen(words, env=environ))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+    code = processes[0].wait()
     return 128 - code if code < 0 else code
 
 
