@@ -151,7 +151,9 @@ def _submit_limit(cluster: Cluster, user: str) -> Check:
     if rows and not ours:
         there = ", ".join(sorted({row["Account"] for row in rows}))
         fix = f"give cluster.account, one of: {there}; where the site does not insist on accounts, nothing must be done"
-        return Check(name, WARN, f"{user} has nothing in account {cluster.account}, partition {cluster.partition}", fix)
+        asked = (("account", cluster.account), ("partition", cluster.partition))
+        seen = f"{user} has nothing in {', '.join(f'{key} {value}' for key, value in asked if value)}"
+        return Check(name, WARN, seen, fix)
     limits = [queue.number(row.get("MaxSubmitJobs")) for row in ours]
     known = [limit for limit in limits if limit is not None]
     where = f"{user}{f', account {cluster.account}' if cluster.account else ''}"
