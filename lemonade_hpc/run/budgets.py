@@ -6,6 +6,7 @@ fault instead. Told by the record alone, so that a coordinator that dies in betw
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -19,6 +20,8 @@ MAX_DEATHS = 5
 """Workers that may die of nothing known under one child."""
 OUT_OF_MEMORY = "out of memory"
 """How a worker dies whose job needs more than it was given."""
+TOO_MUCH = re.compile(r"oom.kill|exceeded (job )?memory limit", re.IGNORECASE)
+"""In what Slurm writes to the log of such a job, whose state does not always say it."""
 STRIKES = 3
 """Different children, or workers, that come to grief in a row on a node before it is excluded."""
 

@@ -185,6 +185,7 @@ class Crew:
         if bye is None and how not in FATE | {histories.NOT_STARTED}:
             output = self._backend.last_output(name)
             self._heard_any |= bool(output)  # what it wrote has come to the run folder
+            how = budgets.OUT_OF_MEMORY if budgets.TOO_MUCH.search(output) else how
             fault = f"worker {name} {how}" + (f": {output}" if output else "")
         elif bye == worker.UNFIT:
             fault = f"worker {name} cannot start training: {handle.trouble}"

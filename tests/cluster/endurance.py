@@ -248,7 +248,9 @@ def busy(slurm: Slurm, record: Record, seconds: float, sleep_s: float = 3.0) -> 
     found = {mode: shares(slurm, home / mode) for mode in modes}
     ratio = found["steady_state"]["busy"] / found["generational"]["busy"]
     record.add("busy", children=children, sleep_s=[sleep_s, 4 * sleep_s], ratio=round(ratio, 3), **found)
-    assert found["steady_state"]["busy"] >= BUSY, f"C19: workers were busy {found['async']['busy']:.1%} of their time"
+    assert found["steady_state"]["busy"] >= BUSY, (
+        f"C19: workers were busy {found['steady_state']['busy']:.1%} of their time"
+    )
     assert ratio >= OVER_BARRIER, f"C19: {ratio:.2f} times what it is with a barrier"
 
 

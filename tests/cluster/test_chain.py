@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import front, lemonade  # noqa: E402
+from runs import front, lemonade, settings  # noqa: E402
 
 from slurm import Slurm, wait_for  # noqa: E402
 
@@ -60,6 +60,8 @@ def test_what_would_be_submitted_is_shown_and_nothing_written(slurm: Slurm, home
 
 
 def test_a_submitted_run_completes_and_cancels_the_successor(slurm: Slurm, home: Path, expected: list[Any]) -> None:
+    """Its workers ask for memory in another way than it does: srun would refuse to inherit that."""
+    settings(home, skip=["mem"], extra={"mem-per-cpu": "500M"}, coordinator_extra={"mem": "600M"})
     job = submit(slurm, home)
     at_work(home, 1)
     assert [one["id"] for one in coordinators(slurm, "RUNNING")] == [job]

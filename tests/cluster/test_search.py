@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import begun, config, ended, finished, lemonade, running, start  # noqa: E402
+from runs import begun, config, ended, finished, lemonade, running, sound, start  # noqa: E402
 
 from slurm import USER, Slurm, wait_for  # noqa: E402
 
@@ -77,9 +77,21 @@ def test_a_run_is_cancelled_as_a_whole_and_goes_on(slurm: Slurm, home: Path, exp
 
 def test_a_worker_that_is_cancelled_gives_its_children_back(slurm: Slurm, home: Path, expected: list[Any]) -> None:
     search = begun(slurm, home)
-    slurm.run("scancel", running(slurm)[0]["id"])
+    job = running(slurm)[0]["id"]
+    slurm.run("scancel", job)
     ended(search)
-    assert finished(slurm, home, expected)
+    assert len(finished(slurm, home, expected)) == 1  # no worker was started in its place
+    assert [one["state"] for one in slurm.jobs() if one["id"] == job] == ["CANCELLED"]
+
+
+def test_when_the_whole_array_is_cancelled_the_run_stops_and_goes_on(
+    slurm: Slurm, home: Path, expected: list[Any]
+) -> None:
+    search = begun(slurm, home)
+    slurm.run("scancel", running(slurm)[0]["id"].partition("_")[0])
+    _, err = search.communicate(timeout=60)
+    assert search.returncode == 3 and "every worker was cancelled (4)" in err, err
+    assert len(finished(slurm, home, expected)) == 2
 
 
 def test_a_slurmctld_that_is_down_disturbs_nobody(slurm: Slurm, home: Path, expected: list[Any]) -> None:
@@ -121,10 +133,9 @@ def test_workers_that_are_preempted_come_back_when_there_is_room(slurm: Slurm, h
     search = begun(slurm, home)
     slurm.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 3", "--output=/dev/null")
     ended(search)
-    names = finished(slurm, home, expected)
-    assert len(names) > 1
-    states = {job["state"] for job in slurm.jobs() if job["name"] == names[0]}
-    assert states & {"PREEMPTED", "COMPLETED", "FAILED", "CANCELLED"}
+    assert len(finished(slurm, home, expected)) > 1
+    left = sound(slurm, home)["workers_left"]
+    assert left.get("completed", 0) + left.get("preempted", 0) == 4, left  # they left in good order, or had to
 
 
 def test_a_partition_that_does_not_exist_is_refused_in_slurms_words(slurm: Slurm, home: Path) -> None:

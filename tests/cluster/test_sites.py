@@ -6,6 +6,7 @@ and no array may have more than three tasks.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,14 @@ from lemonade_hpc.config import Data  # noqa: E402
 from slurm import NODES, PACKAGE, USER, Slurm  # noqa: E402
 
 MAX_ARRAY = 3
-SITE = {"max_array": MAX_ARRAY, "more": "AccountingStorageEnforce=limits,qos,wckeys\nTrackWCKey=yes"}
+MORE = """
+AccountingStorageEnforce=limits,qos,wckeys
+TrackWCKey=yes
+JobAcctGatherParams=OverMemoryKill
+JobAcctGatherFrequency=1
+SelectTypeParameters=CR_Core_Memory
+"""
+SITE = {"max_array": MAX_ARRAY, "more": MORE}
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 SLOW = """
 if trainer:
@@ -109,6 +117,33 @@ def test_data_that_the_nodes_do_not_see_are_named_and_the_run_goes_on_with_them(
     assert "So it is on n" in err and "put it on the file system that all nodes share, and give data.root there" in err
     code, _, err = lemonade(slurm, home, "search", "right.yaml", "--run", "run")
     assert code == 0 and front(slurm, home, "run"), err
+
+
+HUNGRY = """
+if trainer:
+    from lemonade_hpc.learn import checkpoints
+    due = checkpoints.Keeper._due
+    def after_a_batch(keeper, moment):
+        if keeper._folder.parent.name == "000009":
+            held = bytearray(3 << 30)
+            held[::4096] = bytes(len(held[::4096]))
+            time.sleep(60)
+        return due(keeper, moment)
+    checkpoints.Keeper._due = after_a_batch
+"""
+
+
+def test_a_child_that_needs_more_memory_than_its_workers_have_fails_and_takes_nobody_with_it(
+    slurm: Slurm, home: Path
+) -> None:
+    """Slurm ends the worker's job with it, time and again. (11)"""
+    settings(home, setup=[hook(home, HUNGRY)], retries=1)
+    code, _, err = lemonade(slurm, home, "search", "slurm.yaml", "--run", "run")
+    assert code == 0, err
+    shown = json.loads(lemonade(slurm, home, "status", "run", "--json")[1])
+    assert shown["nodes_excluded"] == {} and [one["child"] for one in shown["failures"]] == [9]
+    assert shown["failures"][0]["kind"] == "memory" and "raise cluster.mem_gb" in shown["failures"][0]["reason"]
+    assert shown["workers_left"]["out of memory"] == 2 and len(shown["front"]) > 4, shown["workers_left"]
 
 
 # ---------------------------------------------------------------- refusals (16)

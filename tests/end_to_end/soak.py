@@ -222,8 +222,8 @@ class World:
 
     def answer(self, command: Sequence[str], stdin: str | None) -> Answer:
         """What the program is told, if at all."""
-        if command[0] == "squeue":
-            self.called("status", 60)
+        if command[0] == "squeue" or (command[0] in ("scontrol", "sacct") and self.calls["status"][-1:] != [self.now]):
+            self.called("status", 60)  # the others follow it, in the same call
         down = self.now < self.down_until
         if command[0] != "sbatch":
             self.slurm.accounting = not down or self.chance.random() < 0.5

@@ -275,6 +275,16 @@ def test_a_child_that_takes_its_worker_down_fails_and_nobody_else_pays(
     doubles.assert_sound(run)
 
 
+def test_a_job_that_was_ended_for_its_memory_is_known_by_its_log(run: Path) -> None:
+    """Slurm calls it FAILED."""
+    backend = killing(run, "died", lambda node, child: child == 5, WORKERS)
+    said = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0."
+    backend.last_output = lambda name: said  # type: ignore[method-assign]
+    history = doubles.search(run, settings(), backend=backend)
+    assert [one["failure"]["kind"] for one in history.failures] == ["memory"]
+    assert history.departures["out of memory"] == 3
+
+
 def test_a_node_where_workers_die_under_any_child_is_excluded(run: Path) -> None:
     backend = killing(run, "died", lambda node, child: node == "n1", num_nodes=WORKERS)
     history = doubles.search(run, settings(), backend=backend)
