@@ -55,9 +55,12 @@ def path_of(config: Config) -> Path | None:
 
 
 def read(config: Config) -> Image | None:
-    """The image of a run's workers, read through; raises ConfigError where that cannot be."""
+    """The image of a run's workers, read through; raises ConfigError where that cannot be.
+
+    A folder that is used as an image may change at any time: on this machine it is like none.
+    """
     path = path_of(config)
-    if path is None:
+    if path is None or (path.is_dir() and config.cluster.backend != "slurm"):
         return None
     try:
         return Image(path, _digest(path), _stamp(path))

@@ -255,7 +255,7 @@ def outermost(folders: Iterable[str]) -> List[str]:
 
 def inside(image: str, binds: Iterable[str], nv: Optional[bool] = None) -> List[str]:
     """The words that start a command in the image, in the same working directory."""
-    words = ["apptainer", "exec", "--cleanenv", "--no-home", "--no-eval"]
+    words = ["apptainer", "--quiet", "exec", "--cleanenv", "--no-home", "--no-eval"]
     if nv or (nv is None and os.path.exists(DEVICE)):
         words.append("--nv")
     for folder in outermost(binds):
