@@ -1,7 +1,7 @@
 """A disk that fills up, for real: a run on a small tmpfs pauses with exit code 3 and goes on when there is room again.
 
-Once its blocks run out, once its inodes. `doctor` says beforehand that it is full. Mounts file systems, so it needs root
-or a name space of its own: `unshare -rm python full_disk.py`. Prints JSON.
+Once its blocks run out, once its inodes. `doctor` says beforehand that it is full. Mounts file systems, so it needs
+root or a name space of its own: `unshare -rm python full_disk.py`. Prints JSON.
 """
 
 from __future__ import annotations

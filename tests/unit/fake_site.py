@@ -69,7 +69,7 @@ def fatal(text):
     sys.exit(255)
 words = sys.argv[1:]
 debug = words[0] == "--debug"
-words = words[debug:]
+words = words[words[0] in ("--debug", "--quiet"):]
 if words == ["--version"]:
     print(plan.get("version", "apptainer version 1.4.5"))
     sys.exit(plan.get("version_code", 0))

@@ -421,13 +421,15 @@ def _readable(image: str) -> Dict[str, str]:
 def _start(image: str, environ: Dict[str, str], nv: Optional[bool]) -> Dict[str, str]:
     """How it is mounted, and how long `true` takes inside it."""
     name, words = "start", inside(image, [], nv)
-    code, out, err, took = _timed([words[0], "--debug", *words[1:], "true"], environ)
+    code, out, err, took = _timed([words[0], "--debug", *words[2:], "true"], environ)
     if code:
         lines = re.sub(r"\x1b\[\d*m", "", err).strip().splitlines() or ["exit code {}".format(code)]
         said = [line for line in lines if re.match("FATAL|ERROR|Error", line)] or lines
         why = re.sub(r"^(FATAL|ERROR)\s*:?\s*(\[\S*\]\s+\S+\(\)\s+)?", "", said[-1])
         fix = next((fix for pattern, fix in STARTS if re.search(pattern, why)), None)
-        return check(name, FAIL, why, fix or "find out what Apptainer lacks: {} true".format(" ".join(words)))
+        return check(
+            name, FAIL, why, fix or "find out what Apptainer lacks: {} true".format(" ".join([words[0], *words[2:]]))
+        )
     times = [took] + [_timed([*words, "true"], environ)[3] for _ in range(2 if took < QUICK_S else 0)]
     how = next((how for how, pattern in MOUNTS if re.search(pattern, err)), "mounted in an unknown way")
     seen = "{}, {:.2f} s to start".format(how, statistics.median(times))
