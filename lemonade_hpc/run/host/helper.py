@@ -78,6 +78,8 @@ WORDS = {
     "sacctmgr": (r"--(readonly|noheader|parsable2)", r"show", r"assoc", r"user=[A-Za-z0-9_.@-]+", r"format=[A-Za-z,]+"),
 }  # type: Dict[str, Tuple[str, ...]]
 """What each command may be given, besides a script of sbatch's."""
+BEGINNINGS = ("first", "take-over")
+"""Words that a script of a coordinator may be given (`run/chain.py`)."""
 
 
 class Refused(Exception):  # noqa: N818
@@ -109,8 +111,8 @@ def granted(request: Any, root: str) -> Tuple[List[str], str, str]:
 
 
 def _without_script(plain: List[str], words: List[str], root: str) -> List[str]:
-    """What is neither an option, nor a script of this run's that comes last, maybe with the word `first`."""
-    if plain and plain[-1] == "first" and words[-1] == "first":
+    """What is neither an option, nor a script of this run's that comes last, maybe with a word for a coordinator."""
+    if plain and plain[-1] == words[-1] in BEGINNINGS:
         plain, words = plain[:-1], words[:-1]
     if not plain or plain[-1] != words[-1] or plain[-1].startswith("-"):
         if "--test-only" not in words:

@@ -1,0 +1,267 @@
+"""The image that workers run in: which it is, that it stays the same, and what a worker's start inside it looks like.
+
+Apptainer is a script here that says how it was called; `tests/cluster/` has a real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lemonade_hpc import config as configs
+from lemonade_hpc import files
+from lemonade_hpc.config import ConfigError
+from lemonade_hpc.run import chain, container, request, session, slurm
+from lemonade_hpc.run.backends import Refused
+from lemonade_hpc.run.host import helper
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import fake_slurm  # noqa: E402
+import run_doubles as doubles  # noqa: E402
+
+APPTAINER = f"""#!{sys.executable} -IS
+import json, os, sys
+if sys.argv[1:] == ["--version"]:
+    sys.exit("LD_PRELOAD" in os.environ and os.environ["LD_PRELOAD"] != "/needed.so")
+print(json.dumps([sys.argv[1:], dict(os.environ)]))
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.delenv(container.AROUND, raising=False)
+    doubles.install(monkeypatch)
+    with doubles.folder() as made:
+        yield made
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "its image.sif"
+    path.write_bytes(b"content")
+    return path
+
+
+def settings(image: Path | None = None, **changes: Any) -> Any:
+    inside = {"container": {"image": str(image)} | changes.pop("container", {})} if image else {}
+    content = doubles.BASE | {"cluster": {"backend": "slurm", "workers": 2, "stale_s": 0}} | inside
+    for key, value in changes.items():
+        content[key] = content.get(key, {}) | value if isinstance(value, dict) else value
+    return configs.resolve(configs.from_dict(content, "test"), (1, 8, 8))
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"image": "here.sif"}, r"container: got here.sif; give a path that begins with /, which all nodes see"),
+        ({"image": "/i.sif", "binds": ["data"]}, r"container: got data; give a path that begins with /"),
+        ({"nope": 1}, r"unknown key 'container.nope'. Valid keys here: binds, image, may_change, nv"),
+    ],
+)
+def test_what_cannot_be_a_container_is_told(section: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configs.from_dict({"data": {"name": "digits"}, "cluster": {"backend": "slurm"}, "container": section}, "test")
+
+
+def test_an_image_is_for_workers_on_slurm() -> None:
+    with pytest.raises(
+        ConfigError, match=r"container.image is for the workers of backend slurm, not local; .*exec IMAGE"
+    ):
+        configs.from_dict({"data": {"name": "digits"}, "container": {"image": "/i.sif"}}, "test")
+
+
+def test_folders_to_bind_must_be_there_and_have_names_that_can_be(run: Path, image: Path) -> None:
+    with pytest.raises(ConfigError, match="container.binds: /nowhere: no such folder"):
+        container.check(settings(image, container={"binds": ["/nowhere"]}))
+    with pytest.raises(ConfigError, match="a comma or a colon in its name cannot be bound"):
+        container.folders(settings(image, container={"binds": ["/a,b"]}))
+    relative = settings(image, data={"name": "npz", "root": "data/x.npz"})
+    assert container.folders(relative) == [str(Path("data/x.npz").absolute())]
+
+
+# ---------------------------------------------------------------- which image, and whether it is the same
+
+
+def test_workers_are_in_the_image_that_is_given_else_in_the_coordinators(
+    run: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert container.path_of(settings()) is None and container.read(settings()) is None
+    monkeypatch.setenv(container.AROUND, "/other.sif")
+    assert container.path_of(settings()) == Path("/other.sif")
+    assert container.path_of(settings(image)) == image
+    found = container.read(settings(image))
+    assert found is not None and found.sha256 == files.sha256(b"content")
+
+
+def test_an_image_that_cannot_be_read_is_told_before_anything_is_written(run: Path, tmp_path: Path) -> None:
+    for path, why in ((tmp_path / "none.sif", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError, match=rf"container.image: {path}: {why}.*; give an image"):
+            container.read(settings(path))
+
+
+def test_a_folder_that_is_used_as_an_image_on_this_machine_is_like_none(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(container.AROUND, str(tmp_path))
+    assert container.read(doubles.config()) is None
+
+
+def test_an_image_is_another_one_when_its_content_is(run: Path, image: Path) -> None:
+    found = container.read(settings(image))
+    assert found is not None and found.changed() is None
+    os.utime(image, (1, 1))
+    assert found.changed() is None  # read again
+    image.write_bytes(b"another")
+    assert "is another image now than when this coordinator began" in str(found.changed())
+    image.unlink()
+    assert str(found.changed()) == f"{image}: No such file or directory"
+
+
+def test_a_run_goes_on_in_the_same_image_or_in_another_where_that_is_allowed(
+    run: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which one is on record, with each coordinator."""
+    fake_slurm.install(monkeypatch, fake_slurm.FakeSlurm().run)
+
+    def go(chosen: Any) -> list[str | None]:
+        doubles.search(run, chosen)
+        return [json.loads((run / files.owner(number)).read_text())["image"] for number in files.epochs(run)]
+
+    first, second = (files.sha256(content) for content in (b"content", b"another"))
+    assert go(settings(image)) == [first]
+    assert json.loads((run / files.RUN).read_text())["image"] == first
+    image.write_bytes(b"another")
+    more = {"search": {"children": 24}}
+    with pytest.raises(
+        ConfigError, match=rf"in the image {first[:12]}, now it is in the image {second[:12]} \(.*may_ch"
+    ):
+        go(settings(image, **more))
+    with pytest.raises(ConfigError, match=rf"in the image {first[:12]}, now it is in none \(SHA-256\)"):
+        go(settings(**more))
+    assert go(settings(image, container={"may_change": True}, **more)) == [first, second]
+    assert go(settings(image, search={"children": 30})) == [first, second, second]
+    doubles.assert_sound(run)
+
+
+def test_no_worker_is_started_in_an_image_that_has_changed(
+    run: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = fake_slurm.FakeSlurm()
+    fake_slurm.install(monkeypatch, made.run)
+    found = container.read(settings(image))
+    assert found is not None
+    backend = slurm.SlurmBackend(
+        run, "0123456789", settings().cluster, lambda text: None, start=container.prepare(found, settings(image), run)
+    )
+    backend.launch(["w0"], [])
+    assert len(made.jobs) == 1
+    image.write_bytes(b"another")
+    with pytest.raises(Refused, match="is another image now"):
+        backend.launch(["w1"], [])
+    assert len(made.jobs) == 1
+
+
+# ---------------------------------------------------------------- the start of a worker
+
+
+def started(run: Path, bin: Path, *words: str, **environ: str) -> tuple[list[str], dict[str, str]]:
+    """How Apptainer is called by a worker's script, and with what environment."""
+    (bin / "apptainer").write_text(APPTAINER)
+    (bin / "apptainer").chmod(0o755)
+    environment = {"PATH": f"{bin}:/usr/bin:/bin"} | environ
+    command = [*shlex.split(container.worker_python(run)), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    told: tuple[list[str], dict[str, str]] = json.loads(done.stdout)
+    return told
+
+
+def test_a_worker_starts_in_its_image_with_what_it_needs_and_no_more(
+    run: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd, bin = tmp_path / "it's $HOME `x`", tmp_path / "bin"
+    odd.mkdir()
+    bin.mkdir()
+    chosen = settings(image, container={"binds": [str(odd)]})
+    found = container.read(chosen)
+    assert found is not None
+    container.prepare(found, chosen, run)()
+    poison = {"PYTHONPATH": "/broken", "HOME": "/nowhere", "LD_LIBRARY_PATH": "/broken", "BASH_ENV": "/broken"}
+    own = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "GPU-1,2", "SUBMITIT_X": "a b\nc'$(x)", "OMP_NUM_THREADS": "2"}
+    words, seen = started(run, bin, "-u", "-m", "submitit", "a b", **poison, **own)
+    binds = helper.outermost([str(odd), str(run.resolve())])
+    expected = ["--quiet", "exec", "--cleanenv", "--no-home", "--no-eval"]
+    expected += [word for folder in binds for word in ("--bind", folder)]
+    assert words == [*expected, str(image), "python3", "-u", "-m", "submitit", "a b"]
+    assert {k: v for k, v in seen.items() if k.startswith("APPTAINERENV_")} == {
+        f"APPTAINERENV_{key}": value for key, value in own.items()
+    }
+    assert "LD_LIBRARY_PATH" not in seen  # Apptainer's own tools would follow it
+
+
+def test_what_apptainer_needs_to_start_at_a_site_is_left_to_it(run: Path, image: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    found = container.read(settings(image))
+    assert found is not None
+    container.prepare(found, settings(image), run)
+    script = (run / files.SLURM / "worker.sh").read_text()
+    assert subprocess.run(["sh", "-n"], input=script, text=True, check=False).returncode == 0
+    _, seen = started(run, tmp_path / "bin", LD_LIBRARY_PATH="/needed")
+    assert "LD_LIBRARY_PATH" not in seen
+
+
+@pytest.mark.parametrize(
+    ("nv", "there", "given"), [(None, True, 1), (None, False, 0), (True, False, 1), (False, True, 0)]
+)
+def test_the_driver_is_seen_where_there_is_one_or_as_said(
+    run: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nv: bool | None, there: bool, given: int
+) -> None:
+    monkeypatch.setattr(helper, "DEVICE", "/dev/null" if there else "/nowhere/nvidiactl")
+    (tmp_path / "bin").mkdir()
+    chosen = settings(image, container={"nv": nv})
+    found = container.read(chosen)
+    assert found is not None
+    container.prepare(found, chosen, run)
+    assert started(run, tmp_path / "bin")[0].count("--nv") == given
+
+
+def test_what_would_be_submitted_says_how_workers_start(
+    run: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session.data_sets, "load", lambda data: doubles.images())
+    fake_slurm.install(monkeypatch, fake_slurm.FakeSlurm().run)
+    _, worker = session.submission(settings(image), run)
+    (srun,) = [line for line in worker.splitlines() if line.startswith("srun ")]
+    assert f"sh {run.resolve()}/slurm/worker.sh -u -m submitit.core._submit" in srun
+    _, plain = session.submission(settings(), run)
+    assert f"{sys.executable} -u -m submitit.core._submit" in plain
+    assert request.script(settings().cluster, "x", run).count("worker.sh") == 0
+
+
+def test_a_coordinator_in_an_image_is_started_in_it_by_a_helper_of_its_own(
+    run: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one outside that has submitted it may be gone, or of another version, when it starts."""
+    monkeypatch.setattr(session.data_sets, "load", lambda data: doubles.images())
+    fake_slurm.install(monkeypatch, fake_slurm.FakeSlurm().run)
+    monkeypatch.setenv(container.AROUND, str(image))
+    session.submit(settings(container={"binds": [str(image.parent)]}), run)
+    script, copy = (run / files.SLURM / "coordinator.sbatch").read_text(), run.resolve() / files.SLURM / "helper.py"
+    assert copy.read_bytes() == Path(helper.__file__).read_bytes()
+    line = next(line for line in script.splitlines() if line.startswith("python3 "))
+    assert shlex.split(line.removesuffix(" &")) == [
+        "python3", str(copy), "--image", str(image), "--bind", str(image.parent), "search",
+        str(run.resolve() / files.SLURM / "config.yaml"), "--run", str(run.resolve()),
+    ]  # fmt: skip
+    assert chain.PROGRAM[0] not in line

@@ -1,0 +1,412 @@
+"""Slurm's commands for what runs inside an image: what the helper outside runs, refuses and writes down.
+
+A real socket, real processes, and commands that note how they were called. `tests/cluster/` has a real Slurm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lemonade_hpc.run import chain, queue, site
+from lemonade_hpc.run.host import helper, shim
+
+NOTES_ITS_CALL = f"""#!{sys.executable} -IS
+import json, os, sys
+told = {{"words": sys.argv[1:], "cwd": os.getcwd(), "input": sys.stdin.read(), "env": dict(os.environ)}}
+with open(__file__ + ".calls", "a") as calls:
+    calls.write(json.dumps(told) + chr(10))
+print("out of", os.path.basename(__file__))
+print("err", file=sys.stderr)
+sys.exit(int(os.environ.get("CODE", "0")))
+"""
+ID = "0123abcd"
+NAME = f"lemonade-{ID}-coordinator"
+
+
+class Outside:
+    """A helper that serves a run folder, Slurm's commands, and the calls that these have had."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin, self.run, self.folder = folder / "bin", folder / "the run", folder
+        self.bin.mkdir()
+        (self.run / "slurm").mkdir(parents=True)
+        self.script = self.run / "slurm" / "coordinator.sbatch"
+        self.script.write_text("#!/bin/bash\n")
+        for name in (*helper.WORDS, "srun", "sh"):
+            self.says(name, NOTES_ITS_CALL)
+        self.log = self.run / "slurm" / "helper.log"
+        self.helper = helper.Helper(str(self.run), str(self.log))
+
+    def says(self, name: str, program: str) -> None:
+        (self.bin / name).write_text(program)
+        (self.bin / name).chmod(0o755)
+
+    def send(self, content: bytes, *, close: bool = True) -> dict[str, Any]:
+        """What is answered to a request."""
+        with socket.socket(socket.AF_UNIX) as asked:
+            asked.connect(self.helper.path)
+            asked.settimeout(20)
+            asked.sendall(content)
+            if close:
+                asked.shutdown(socket.SHUT_WR)
+            with asked.makefile("rb") as told:
+                answer: dict[str, Any] = json.loads(told.read())
+        return answer
+
+    def ask(self, *command: Any, cwd: Any = None, text: Any = "") -> dict[str, Any]:
+        request = {"command": list(command), "cwd": str(self.run) if cwd is None else cwd, "input": text}
+        return self.send(json.dumps(request).encode() + b"\n")
+
+    def calls(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for path in self.bin.glob("*.calls") for line in path.read_text().splitlines()]
+
+    def logged(self, count: int) -> list[dict[str, Any]]:
+        """The lines of its log, once there are so many: they are written after the answer."""
+        until = time.monotonic() + 20
+        while True:
+            lines = self.log.read_text().splitlines() if self.log.exists() else []
+            if len(lines) >= count or time.monotonic() > until:
+                return [json.loads(line) for line in lines]
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outside]:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    made = Outside(tmp_path)
+    yield made
+    made.helper.close()
+
+
+# ---------------------------------------------------------------- what is run
+
+
+def test_a_command_is_run_as_it_stands_and_its_answer_is_told(
+    outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODE", "3")
+    monkeypatch.setenv("SLURM_CONF", "/etc/some.conf")
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "4096")
+    answer = outside.ask("sbatch", "--parsable", str(outside.script), "first")
+    assert answer == {"code": 3, "out": "out of sbatch\n", "err": "err\n"}
+    (call,) = outside.calls()
+    assert call["words"] == ["--parsable", str(outside.script), "first"]
+    assert (call["cwd"], call["input"]) == (str(outside.run), "")
+    assert call["env"]["SLURM_CONF"] == "/etc/some.conf" and call["env"]["SLURM_BITSTR_LEN"] == "0"
+    assert "SLURM_MEM_PER_NODE" not in call["env"]  # of the job that the helper is in
+    (line,) = outside.logged(1)
+    assert line["command"][0] == "sbatch" and line["code"] == 3 and "refused" not in line
+
+
+def test_a_script_may_come_by_standard_input_to_be_judged(outside: Outside) -> None:
+    assert outside.ask("sbatch", "--test-only", "--array=0-3", text="#!/bin/sh\ntrue\n")["code"] == 0
+    assert outside.calls()[0]["input"] == "#!/bin/sh\ntrue\n"
+
+
+COMMANDS = (
+    queue.LIST,
+    site.QUESTION,
+    ("squeue", "--noheader", "--states=all", "--jobs=77", "--format=%T"),
+    ("squeue", "--me", "--noheader", f"--name={NAME}", "--states=PENDING", "--format=%i"),
+    ("scontrol", "show", "job", "--oneliner"),
+    ("scontrol", "show", "config"),
+    ("sacct", "-X", "-n", "-P", "-S", "now-30days", "--name", f"{NAME},lemonade-{ID}-e1w00", "-o", "JobID,State"),
+    ("sacct", "-X", "-n", "-P", "-j", "77", "-o", "State"),
+    ("scancel", "77_3", "78"),
+    ("scancel", "--me", f"--name={NAME}", "--state=PENDING"),
+    ("sbatch", "--test-only"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_what_the_program_asks_is_granted(outside: Outside, command: tuple[str, ...]) -> None:
+    assert outside.ask(*command)["code"] == 0 and outside.calls()[0]["words"] == list(command[1:])
+
+
+def test_every_beginning_of_a_chain_is_granted(outside: Outside) -> None:
+    for word in (chain.FIRST, chain.TAKE_OVER):
+        assert outside.ask("sbatch", "--parsable", str(outside.script), word)["code"] == 0
+
+
+def test_a_command_that_is_not_there_or_takes_too_long_is_told(
+    outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(outside.bin))
+    (outside.bin / "sinfo").unlink()
+    assert outside.ask(*site.QUESTION) == {
+        "code": helper.NOT_FOUND, "out": "", "err": "sinfo: No such file or directory\n"
+    }  # fmt: skip
+    outside.says("squeue", "#!/bin/sh\nexec /bin/sleep 60\n")
+    monkeypatch.setattr(helper, "OTHERS_S", 0.2)
+    answer = outside.ask(*queue.LIST)
+    assert (answer["code"], answer["err"]) == (helper.TIMED_OUT, "squeue: timed out after 0.2 s\n")
+
+
+def test_a_working_directory_that_is_not_outside_is_none(outside: Outside) -> None:
+    assert outside.ask(*queue.LIST, cwd="/opt/lemonade/nowhere")["code"] == 0
+    assert outside.calls()[0]["cwd"] == str(outside.run)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (("sh", "-c", "true"), "sh: allowed are sacct, sacctmgr, sbatch"),
+        (("srun", "true"), "srun: allowed are"),
+        (("/bin/sbatch", "--test-only"), "/bin/sbatch: allowed are"),
+        (("sbatch", "--wrap=true", "--parsable"), "sbatch: without --test-only, its last word is a script"),
+        (("sbatch", "--wrap=true", "SCRIPT"), "'--wrap=true' is not among the words"),
+        (("sbatch", "--export=ALL", "SCRIPT"), "'--export=ALL' is not among"),
+        (("sbatch",), "its last word is a script"),
+        (("sbatch", "SCRIPT", "more"), "'SCRIPT' is not among|more is not a file"),
+        (("sbatch", "/etc/passwd"), "sbatch: /etc/passwd is not a file in "),
+        (("sbatch", "OUTSIDE"), "is not a file in "),
+        (("sbatch", "LINK"), "is not a file in "),
+        (("sbatch", "RUN/../outside.sh"), "is not a file in "),
+        (("sbatch", "RUN/slurm"), "is not a file in "),
+        (("sbatch", "RUN/nothing"), "is not a file in "),
+        (("squeue", "--me", "--format=%i\n--all"), "a character that cannot be printed"),
+        (("scancel", "--me\n--user=root"), "a character that cannot be printed"),
+        (("scancel", "--user=root"), "'--user=root' is not among"),
+        (("scancel", "--name=somebody-elses"), "is not among"),
+        (("scancel", "-w", "n1"), "'-w' is not among"),
+        (("scontrol", "update", "JobId=7", "Priority=9"), "'update' is not among"),
+        (("scontrol", "shutdown"), "'shutdown' is not among"),
+        (("squeue", "--user=root"), "is not among"),
+        (("sacct", "-f", "/etc/passwd"), "is not among"),
+    ],
+)  # fmt: skip
+def test_what_is_not_on_the_list_is_refused_and_nothing_run(
+    outside: Outside, command: tuple[str, ...], why: str
+) -> None:
+    (outside.folder / "outside.sh").write_text("#!/bin/sh\n")
+    (outside.run / "link.sh").symlink_to(outside.folder / "outside.sh")
+    names = {
+        "SCRIPT": str(outside.script), "OUTSIDE": str(outside.folder / "outside.sh"),
+        "LINK": str(outside.run / "link.sh"),
+    }  # fmt: skip
+    words = [names.get(word, word.replace("RUN", str(outside.run))) for word in command]
+    answer = outside.ask(*words)
+    assert answer["code"] == helper.REFUSED and answer["out"] == ""
+    said = answer["err"].replace(str(outside.script), "SCRIPT")
+    assert said.startswith("lemonade-hpc: the helper outside the image refuses this: ") and re.search(why, said), said
+    assert outside.calls() == []
+    (line,) = outside.logged(1)
+    assert line["refused"] in answer["err"] and line["command"] == words
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"null\n", b"[]\n", b"{}\n", b'"sbatch"\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n",
+     b'{"command": "sbatch", "cwd": "/", "input": ""}\n', b'{"command": [], "cwd": "/", "input": ""}\n',
+     b'{"command": [["sbatch"]], "cwd": "/", "input": ""}\n', b'{"command": ["squeue"], "cwd": 1, "input": ""}\n',
+     b'{"command": ["squeue", "\\u0000"], "cwd": "/", "input": ""}\n',
+     b'{"command": ["squeue", "\\ud800"], "cwd": "/", "input": ""}\n',
+     b'{"command": {"a": 1}, "cwd": [], "input": []}\n'],
+    ids=range(15),
+)  # fmt: skip
+def test_what_is_no_request_is_refused(outside: Outside, content: bytes) -> None:
+    assert outside.send(content)["code"] == helper.REFUSED
+    assert "refused" in outside.logged(1)[0] and outside.calls() == []
+    assert outside.ask(*queue.LIST)["code"] == 0
+
+
+def test_a_message_that_is_too_large_is_refused(outside: Outside) -> None:
+    large = json.dumps({"command": ["sbatch", "--test-only"], "cwd": "/", "input": "x" * helper.MOST_BYTES}).encode()
+    with contextlib.suppress(ConnectionError):  # it does not read what is beyond
+        assert outside.send(large + b"\n")["code"] == helper.REFUSED
+    assert f"at most {helper.MOST_BYTES} bytes" in outside.logged(1)[0]["refused"] and outside.calls() == []
+    assert outside.ask(*queue.LIST)["code"] == 0
+
+
+def test_who_does_not_end_a_request_holds_up_nobody_else(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helper, "READ_S", 0.5)
+    slow = [socket.socket(socket.AF_UNIX) for _ in range(helper.CONNECTIONS + 4)]
+    for one in slow:
+        one.connect(outside.helper.path)
+        one.sendall(b'{"command"')
+    assert outside.ask(*queue.LIST)["code"] == 0  # as soon as the first ones are given up
+    told = outside.logged(len(slow) + 1)
+    assert len([line for line in told if "no whole request within 0.5 s" in line.get("refused", "")]) == len(slow)
+    for one in slow:
+        one.close()
+
+
+def test_who_leaves_before_the_answer_does_no_harm(outside: Outside) -> None:
+    outside.says("squeue", "#!/bin/bash\nsleep 0.3; head -c 3000000 /dev/zero | tr '\\0' x\n")
+    request = {"command": list(queue.LIST), "cwd": "/", "input": ""}
+    with socket.socket(socket.AF_UNIX) as asked:
+        asked.connect(outside.helper.path)
+        asked.sendall(json.dumps(request).encode() + b"\n")
+    assert outside.logged(1)[0]["refused"] == "Broken pipe" or "refused" in outside.logged(1)[0]
+    assert len(outside.ask(*queue.LIST)["out"]) == 3_000_000
+
+
+def test_ten_thousand_random_messages_crash_nothing_and_are_all_written_down(outside: Outside) -> None:
+    rng = random.Random(4)
+    whole = json.dumps({"command": ["squeue", "--me"], "cwd": "/", "input": ""}).encode() + b"\n"
+    for k in range(10_000):
+        if k % 2:
+            content = rng.randbytes(rng.randrange(200))
+        else:  # one that was fine, hurt somewhere
+            place = rng.randrange(len(whole))
+            content = whole[:place] + rng.randbytes(rng.randrange(1, 4)) + whole[place + rng.randrange(3) :]
+        with contextlib.suppress(ConnectionError):  # it has ended its line early
+            answer = outside.send(content)
+            assert answer["code"] in (0, helper.REFUSED), (content, answer)
+    assert len(outside.logged(10_000)) == 10_000
+    assert outside.ask(*queue.LIST)["code"] == 0
+
+
+def test_only_its_owner_can_open_the_socket_and_the_peer_is_looked_at(
+    outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stat.S_IMODE(os.stat(outside.helper.folder).st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(outside.helper.path).st_mode) == 0o600
+    here = os.getuid()
+    monkeypatch.setattr(helper.os, "getuid", lambda: here + 1)
+    with contextlib.suppress(ConnectionError):  # it reads nothing of what is said
+        assert outside.ask(*queue.LIST)["code"] == helper.REFUSED
+    assert outside.calls() == []
+    assert outside.logged(1)[0]["refused"] == f"user {here} is not the one whose helper this is"
+
+
+def test_a_log_that_cannot_be_written_yet_keeps_nobody_from_asking(outside: Outside) -> None:
+    """`submit` asks before there is a run folder; a disk may be full."""
+    shutil.rmtree(outside.run)
+    assert outside.ask(*site.QUESTION, cwd="/")["code"] == 0
+    (outside.run / "slurm").mkdir(parents=True)
+    outside.log.mkdir()
+    assert outside.ask(*site.QUESTION, cwd="/")["code"] == 0
+    outside.log.rmdir()
+    assert outside.ask(*site.QUESTION, cwd="/")["code"] == 0
+    assert [line["command"][0] for line in outside.logged(3)] == ["sinfo"] * 3
+
+
+def test_a_helper_that_is_closed_leaves_nothing(outside: Outside) -> None:
+    outside.helper.close()
+    assert not os.path.exists(outside.helper.folder)
+    with pytest.raises(FileNotFoundError):
+        outside.ask(*queue.LIST)
+
+
+# ---------------------------------------------------------------- the shim inside
+
+
+def shimmed(
+    outside: Outside, name: str, *words: str, text: str = "", **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """A command of Slurm's as what is inside has it."""
+    path = outside.folder / "shims" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!{sys.executable} -IS\n{Path(shim.__file__).read_text()}")
+    path.chmod(0o755)
+    environment = {shim.SOCKET: outside.helper.path} | environ
+    return subprocess.run(
+        [path, *words], input=text, capture_output=True, text=True, check=False, cwd=outside.run, env=environment
+    )
+
+
+def test_a_shim_says_what_the_command_outside_says(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODE", "5")
+    done = shimmed(outside, "squeue", *queue.LIST[1:])
+    assert (done.returncode, done.stdout, done.stderr) == (5, "out of squeue\n", "err\n")
+    done = shimmed(outside, "sbatch", "--test-only", text="#!/bin/sh\n")
+    assert done.returncode == 5 and [call["input"] for call in outside.calls() if call["input"]] == ["#!/bin/sh\n"]
+    assert {call["cwd"] for call in outside.calls()} == {str(outside.run)}
+    done = shimmed(outside, "srun", "true")
+    assert done.returncode == helper.REFUSED and "srun: allowed are" in done.stderr
+
+
+def test_a_shim_without_a_helper_says_so(outside: Outside) -> None:
+    done = shimmed(outside, "squeue", LEMONADE_SOCKET="/nowhere")
+    assert done.returncode == shim.NO_HELPER and "squeue: nothing outside the image answers" in done.stderr
+
+
+# ---------------------------------------------------------------- the command that is started inside
+
+PASSES_ON = f"""#!{sys.executable} -IS
+import os, signal, sys, time
+heard = []
+for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    signal.signal(which, lambda number, frame: heard.append(number))
+open({{ready!r}}, "w").close()
+until = time.monotonic() + 30
+while not heard and time.monotonic() < until:
+    time.sleep(0.01)
+sys.exit(heard[0])
+"""
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_signals_reach_what_runs_inside_and_its_exit_code_is_the_helpers(
+    outside: Outside, tmp_path: Path, which: signal.Signals
+) -> None:
+    ready, image = tmp_path / "ready", tmp_path / "lemonade.sif"
+    image.touch()
+    outside.says("apptainer", PASSES_ON.format(ready=str(ready)))
+    command = (sys.executable, helper.__file__, "--image", str(image), "status", str(outside.run))
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        until = time.monotonic() + 20
+        while not ready.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(which)
+        assert process.wait(20) == which
+
+
+def test_the_environment_inside_is_what_is_named() -> None:
+    poisoned = {
+        "PYTHONPATH": "/broken", "HOME": "/nowhere", "LD_PRELOAD": "/broken.so", "BASH_ENV": "/broken.sh",
+        "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "2", "PATH": os.environ["PATH"],
+    }  # fmt: skip
+    passed = {k: v for k, v in helper.environment(poisoned).items() if k.startswith("APPTAINERENV_")}
+    assert passed == {
+        "APPTAINERENV_SLURM_JOB_ID": "7", "APPTAINERENV_CUDA_VISIBLE_DEVICES": "1", "APPTAINERENV_OMP_NUM_THREADS": "2"
+    }  # fmt: skip
+
+
+def test_folders_are_bound_once_by_their_own_names() -> None:
+    assert helper.outermost(["/a/b", "/a/bc", "/a/b/c/d", "/a/b/", "/x y"]) == ["/a/b", "/a/bc", "/x y"]
+    assert helper.inside("/i.sif", ["/a b"], nv=True) == [
+        "apptainer", "--quiet", "exec", "--cleanenv", "--no-home", "--no-eval", "--nv", "--bind", "/a b", "/i.sif"
+    ]  # fmt: skip
+
+
+def test_without_apptainer_or_an_image_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="apptainer cannot be found here; it may be a module"):
+        helper.main(["status", "run"])
+    (tmp_path / "apptainer").write_text("#!/bin/sh\n")
+    (tmp_path / "apptainer").chmod(0o755)
+    with pytest.raises(SystemExit, match=r"no image that can be read: .*lemonade.sif; name one by --image"):
+        helper.main(["status", "run"])
+
+
+def test_what_is_asked_of_slurm_is_what_the_helper_knows() -> None:
+    """Every command line of the transcript that the program was recorded with."""
+    transcript = json.loads((Path(__file__).parents[1] / "cluster/transcripts/slurm-22.05.json").read_text())
+    lines = {line["command"] for line in transcript if "command" in line}
+    assert len(lines) > 10
+    names = {name.partition(" ")[0] for name in lines}
+    assert names <= helper.WORDS.keys()
