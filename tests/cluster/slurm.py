@@ -227,10 +227,10 @@ def open_way(*paths: Path) -> dict[Path, int]:
 
 
 @contextmanager
-def cluster(max_array: int = 1001, more: str = "") -> Iterator[Slurm]:
+def cluster(max_array: int = 1001, more: str = "", gpu: str = "") -> Iterator[Slurm]:
     """A Slurm that is up, all nodes idle; stopped, with everything it wrote removed, at the end.
 
-    `more`: further lines of its `slurm.conf`.
+    `more`: further lines of its `slurm.conf`; `gpu`: the type of its GPUs.
     """
     if os.geteuid():
         raise RuntimeError("the Slurm of the tests needs root: it starts daemons that start jobs as another user")
@@ -244,7 +244,7 @@ def cluster(max_array: int = 1001, more: str = "") -> Iterator[Slurm]:
     folder.chmod(0o755)
     slurm = Slurm(folder)
     try:
-        _start(slurm, max_array, more)
+        _start(slurm, max_array, more, gpu)
         yield slurm
     finally:
         _stop(slurm)
@@ -255,12 +255,13 @@ def cluster(max_array: int = 1001, more: str = "") -> Iterator[Slurm]:
         remove_user()
 
 
-def _start(slurm: Slurm, max_array: int, more: str) -> None:
+def _start(slurm: Slurm, max_array: int, more: str, gpu: str) -> None:
     folder = slurm.folder
     port, dbd_port, sql_port, *node_ports = free_ports(3 + len(NODES))
     host = socket.gethostname()
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={number} CPUs=2 RealMemory=5000 Gres=gpu:1"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={number} CPUs=2 RealMemory=5000 "
+        f"Gres=gpu:{gpu}{':' * bool(gpu)}1"
         for name, number in zip(NODES, node_ports, strict=True)
     )
     words = {
@@ -268,7 +269,8 @@ def _start(slurm: Slurm, max_array: int, more: str) -> None:
         "max_array": max_array, "more": more,
     }  # fmt: skip
     (folder / "slurm.conf").write_text(CONFIG.format(**words))
-    (folder / "gres.conf").write_text("".join(f"NodeName={name} Name=gpu File=/dev/null\n" for name in NODES))
+    kind = f" Type={gpu}" if gpu else ""
+    (folder / "gres.conf").write_text("".join(f"NodeName={name} Name=gpu{kind} File=/dev/null\n" for name in NODES))
     (folder / "slurmdbd.conf").touch(mode=0o600)
     (folder / "slurmdbd.conf").write_text(DBD_CONFIG.format(**words))
     _start_munge(slurm)
