@@ -58,7 +58,7 @@ def cancel(run: Path) -> list[str]:
             f"{run}: its coordinator is {owner.describe(who)}, which cannot be reached from here; end it there first, "
             f"else it would start workers again"
         )
-    done = _end_chain(run, run_id, sparing=who.get("slurm_job"))
+    done = _end_chain(run, run_id, sparing=who.get("slurm_job") if verdict == "alive" else None)
     if verdict == "alive":
         done = _end_coordinator(who) + done + _end_chain(run, run_id)
     return done + _cancel_jobs(run_id) if on_slurm else done

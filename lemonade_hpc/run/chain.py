@@ -7,8 +7,8 @@ jobs with one name and owner one runs at a time. Each job submits its successor 
 
 from __future__ import annotations
 
-import contextlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,19 +17,25 @@ from pathlib import Path
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Cluster, Config, ConfigError, dump
-from lemonade_hpc.run import container, lease, queue, record
-from lemonade_hpc.run.history import History
-from lemonade_hpc.run.journal import RecordError
+from lemonade_hpc.run import container, queue, record
 from lemonade_hpc.run.ledger import Halted, RunFailed
+from lemonade_hpc.run.record import Loaded
 from lemonade_hpc.run.slurm import may_pass
 
 LINK = "LEMONADE_CHAIN"
 """Set in the environment of a coordinator that is such a job: to FIRST where a person has submitted it."""
 FIRST = "first"
+STOPPED = "stopped by `lemonade-hpc stop`"
 TAKE_OVER = "take-over"
 """Likewise, where that person knows that the last coordinator is gone."""
 MAX_CRASHES = 5
 """Coordinators in a row that may die with no child finished before the chain ends."""
+LIVING = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
+"""Not COMPLETING: a job may be so for long, on a node that hangs, and does nothing any more."""
+EARLY = "early"
+"""Begins the name of a file of each job that has not begun yet, or never did: the script counts them."""
+UNFIT = re.compile(r'["%\\\n]')
+"""In names that a line of a batch script cannot have."""
 TEMPLATE = Path(__file__).with_name("coordinator.sbatch")
 PROGRAM = (sys.executable, "-m", "lemonade_hpc.cli")
 
@@ -42,6 +48,9 @@ def job_name(run_id: str) -> str:
 def script(config: Config, run: Path, name: str) -> str:
     """The batch script of a coordinator of this run, whose folder it is to write to."""
     folder = (run / files.SLURM).resolve()
+    for path in (str(Path.cwd()), str(folder)):
+        if UNFIT.search(path):
+            raise ConfigError(f'{path!r}: sbatch takes no folder with one of " % \\ or a line break in its name')
     arguments = ["search", str(folder / "config.yaml"), "--run", str(run.resolve())]
     inside = container.is_inside()
     command = container.coordinator(config, run, arguments) if inside else [*PROGRAM, *arguments]
@@ -52,6 +61,8 @@ def script(config: Config, run: Path, name: str) -> str:
         "options": "\n".join(f"#SBATCH --{line}" for line in options(config.cluster)),
         "setup": "\n".join(config.cluster.setup),
         "script": shlex.quote(str(folder / TEMPLATE.name)),
+        "early": shlex.quote(str(folder / EARLY)),
+        "crashes": MAX_CRASHES,
         "command": shlex.join(command),
     }
     return container.filled(TEMPLATE.read_text(), values)
@@ -82,6 +93,8 @@ def begin(config: Config, run: Path, *, take_over: bool = False) -> str:
         raise ConfigError(f"{run}: has a coordinator in the queue already, job {', '.join(there)}")
     folder = run / files.SLURM
     files.make_folder(folder)
+    for path in folder.glob(f"{EARLY}-*"):
+        files.remove(path)
     files.write(folder / "config.yaml", dump(config))
     if container.is_inside():
         container.copy_helper(run)
@@ -96,19 +109,18 @@ def begin(config: Config, run: Path, *, take_over: bool = False) -> str:
         raise ConfigError(f"sbatch does not answer; whether it has submitted {name} squeue will show") from None
     job = done.stdout.strip().partition(";")[0]
     if done.returncode:
-        said, accepted = done.stderr.strip(), _jobs(run_id)
+        said, accepted = done.stderr.strip(), _jobs(run_id, f"--states={LIVING}")
         if not may_pass(said):
             raise ConfigError(f"cluster: Slurm refuses the coordinator's job. It says: {said}")
         if not accepted:
             raise ConfigError(f"Slurm does not take the coordinator's job now; try again later. It says: {said}")
         job = accepted[-1]
-    files.write(folder / FIRST, job.encode())
     return job
 
 
 def queued(run_id: str) -> list[str]:
     """The jobs of a run's chain, at work or not yet; raises ConfigError where Slurm does not say."""
-    answer = _jobs(run_id)
+    answer = _jobs(run_id, f"--states={LIVING}")
     if answer is None:
         raise ConfigError("squeue does not answer: whether a coordinator is in the queue is not known; try again later")
     return answer
@@ -144,35 +156,21 @@ def takes_over() -> bool:
     return os.environ.get(LINK) == TAKE_OVER
 
 
-def refuse_early_deaths(run: Path) -> None:
-    """Raise RunFailed where a chain's coordinators have ended in a row before they could begin.
+def has_begun(run: Path) -> None:
+    """Say that this coordinator has got as far as to read the data: its job counts as one that could not begin else."""
+    if is_link():
+        files.remove(run / files.SLURM / f"{EARLY}-{os.environ.get('SLURM_JOB_ID')}")
 
-    Told by the logs that Slurm has made of jobs since the last coordinator that did begin, or since the chain's first.
-    """
+
+def refuse_to_go_on(run: Path, loaded: Loaded, note: Callable[[str], None]) -> None:
+    """Raise Halted where a chain's last coordinator left for good or was to, RunFailed where they die in a row."""
+    history, order = loaded.history, run / files.stop_order(loaded.epoch)
     if begun_by_a_person():
         return
-    numbers, began, first = files.epochs(run), None, run / files.SLURM / FIRST
-    if numbers:
-        with contextlib.suppress(RecordError):  # it may be seen late
-            began = lease.read_owner(run, numbers[-1])["owner"].get("slurm_job")
-    since = max(int(began or 0) + 1, int(first.read_text()) if first.exists() else 0)
-    names = (path.stem.rpartition("-")[2] for path in (run / files.SLURM).glob("coordinator-*.log"))
-    count = len([name for name in names if name.isdigit() and int(name) >= since])
-    if count > MAX_CRASHES:
-        raise RunFailed(
-            f"{count - 1} coordinators in a row ended before they had read the data and the record: see "
-            f"{files.SLURM}/*.log in the run folder, and sacct (cluster.coordinator_mem_gb may be too little); mend "
-            f"that and submit again"
-        )
-
-
-def refuse_to_go_on(run: Path, history: History, note: Callable[[str], None]) -> None:
-    """Raise Halted where a chain's last coordinator has left for good, RunFailed where they die with nothing done."""
-    if begun_by_a_person():
-        return
-    if history.halted:
+    ordered = order.exists() and order.stat().st_size
+    if history.halted or ordered:
         end(record.read_identity(run)["run"])
-        raise Halted(str(history.why_closed))
+        raise Halted(str(history.why_closed) if history.halted else STOPPED)
     if history.num_crashes:
         note(f"the last {history.num_crashes} coordinators were killed or lost, and no child was finished meanwhile")
     if history.num_crashes >= MAX_CRASHES:

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from lemonade_hpc import files
-from lemonade_hpc.config import Config, ConfigError, load
+from lemonade_hpc.config import Config, ConfigError, from_dict, load
 from lemonade_hpc.run.backends import Refused
 from lemonade_hpc.run.host import helper
+from lemonade_hpc.run.record import read_identity
 
 AROUND = "APPTAINER_CONTAINER"
 """Names the image that a process is in."""
 HELPER = Path(helper.__file__)
 WORKER = HELPER.with_name("worker.sh")
-APART = frozenset(",:")
-"""Separate the folders to bind, so that none can have them in its name."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,7 @@ class Image:
 
     path: Path
     sha256: str
-    stamp: tuple[int, int, int]
-
-    def changed(self) -> str | None:
-        """Why it is not the same any more; None where it is."""
-        try:
-            if _stamp(self.path) == self.stamp or _digest(self.path) == self.sha256:
-                return None
-        except OSError as error:
-            return f"{self.path}: {error.strerror}"
-        return f"{self.path}: is another image now than when this coordinator began; go on with the same command"
+    stamp: str
 
 
 def path_of(config: Config) -> Path | None:
@@ -63,16 +53,18 @@ def read(config: Config) -> Image | None:
     if path is None or (path.is_dir() and config.cluster.backend != "slurm"):
         return None
     try:
-        return Image(path, _digest(path), _stamp(path))
+        stamp = _stamp(path)
+        return Image(path, _digest(path), stamp)
     except OSError as error:
         raise ConfigError(
             f"container.image: {path}: {error.strerror}; give an image (.sif) that every node can read"
         ) from error
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path) -> str:
+    """Its size, and when it was changed last: as `stat -Lc '%s %.9Y'` says it."""
     found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return f"{found.st_size} {found.st_mtime_ns // 10**9}.{found.st_mtime_ns % 10**9:09d}"
 
 
 def _digest(path: Path) -> str:
@@ -93,13 +85,9 @@ def is_inside() -> bool:
 
 
 def folders(config: Config) -> list[str]:
-    """What a run needs to see beside its own folder; raises ConfigError for a name that cannot be bound."""
+    """What a run needs to see beside its own folder."""
     root = [] if config.data.root is None else [os.path.abspath(config.data.root)]
-    named = [*config.container.binds, *root]
-    for folder in named:
-        if APART & set(folder):
-            raise ConfigError(f"container: {folder}: a folder with a comma or a colon in its name cannot be bound")
-    return named
+    return [*config.container.binds, *root]
 
 
 def worker_python(run: Path) -> str:
@@ -108,27 +96,49 @@ def worker_python(run: Path) -> str:
 
 
 def prepare(image: Image, config: Config, run: Path) -> Callable[[], str]:
-    """Write that script. What is returned tells the words for as long as the image is the same, else raises Refused."""
-    binds = [str(run.resolve()), *folders(config)]
-    nv = {None: f"$([ -e {helper.DEVICE} ] && echo --nv)", True: "--nv", False: ""}[config.container.nv]
-    begin, last = helper.inside(str(image.path), binds, nv=False)[:-1], shlex.quote(str(image.path))
-    values = {"kept": helper.KEPT, "start": f"{shlex.join(begin)} {nv} {last}"}
-    files.make_folder(run / files.SLURM)
-    files.write(run / files.SLURM / WORKER.name, filled(WORKER.read_text(), values).encode())
+    """Write that script, which starts nothing in an image that looks like another one.
+
+    What is returned tells the words for as long as the image is the same, else raises Refused; OSError where that
+    cannot be seen now.
+    """
+    known = [image]
+    _write_script(image, config, run)
 
     def python() -> str:
-        if (why := image.changed()) is not None:
-            raise Refused(why)
+        path = image.path
+        try:
+            stamp = _stamp(path)
+            if stamp != known[0].stamp:
+                if _digest(path) != image.sha256:
+                    raise Refused(f"{path}: is another image now than when this coordinator began; submit again")
+                known[0] = Image(path, image.sha256, stamp)  # somebody has touched it
+                _write_script(known[0], config, run)
+        except FileNotFoundError as error:
+            raise Refused(f"{path}: {error.strerror}") from error
         return worker_python(run)
 
     return python
+
+
+def _write_script(image: Image, config: Config, run: Path) -> None:
+    binds = [str(run.resolve()), *folders(config)]
+    nv = {None: f"$([ -e {helper.DEVICE} ] && echo --nv)", True: "--nv", False: ""}[config.container.nv]
+    begin, last = helper.inside(str(image.path), binds, nv=False)[:-1], shlex.quote(str(image.path))
+    values = {
+        "kept": helper.KEPT,
+        "image": last,
+        "stamp": shlex.quote(image.stamp),
+        "start": f"{shlex.join(begin)} {nv} {last}",
+    }
+    files.make_folder(run / files.SLURM)
+    files.write(run / files.SLURM / WORKER.name, filled(WORKER.read_text(), values).encode())
 
 
 def coordinator(config: Config, run: Path, arguments: list[str]) -> list[str]:
     """The words that start a coordinator in the image that this one is in, from outside: by the helper's copy."""
     image, copy = os.environ[AROUND], (run / files.SLURM / HELPER.name).resolve()
     binds = [word for folder in folders(config) for word in ("--bind", folder)]
-    return ["python3", str(copy), "--image", image, *binds, *arguments]
+    return ["python3", "-I", str(copy), "--image", image, *binds, *arguments]
 
 
 def copy_helper(run: Path) -> None:
@@ -144,9 +154,10 @@ def filled(text: str, values: dict[str, Any]) -> str:
 
 
 def main(source: str) -> int:
-    """Print the folders that a configuration names, as JSON: asked by the helper before a command is started inside."""
+    """Print the folders that a configuration, or a run's, names, as JSON: asked by the helper before it starts it."""
     try:
-        print(json.dumps(folders(load(source))))
+        identity = read_identity(Path(source)) if Path(source).is_dir() else None
+        print(json.dumps(folders(load(source) if identity is None else from_dict(identity["config"], source))))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

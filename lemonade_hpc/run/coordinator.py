@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from lemonade_hpc import files
 from lemonade_hpc.config import Config
-from lemonade_hpc.run import budgets, lease, leftovers, population
+from lemonade_hpc.run import budgets, chain, lease, leftovers, population
 from lemonade_hpc.run import history as histories
 from lemonade_hpc.run.backends import Backend
 from lemonade_hpc.run.crew import Crew
@@ -124,7 +124,7 @@ class Coordinator:
 
     def _reason_to_leave(self) -> str | None:
         if (self.run / files.stop_order(self._ledger.epoch)).stat().st_size:
-            return "stopped by `lemonade-hpc stop`"
+            return chain.STOPPED
         cap = self.config.cluster.max_gpu_hours
         if cap is not None and self._crew.spent_s() >= 3600 * cap:
             return f"cluster.max_gpu_hours: {cap:g} GPU-hours are spent, as many as this run may; raise it to go on"

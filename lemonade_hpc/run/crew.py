@@ -30,8 +30,8 @@ LEAST_MISFORTUNES = budgets.MAX_DEATHS + 3
 """So many they may be in any case: a child under which they die is to be given up before."""
 ELSEWHERE_S = 600.0
 """How long a child that crashed waits for a worker on another node that may never start."""
-LISTEN_S = 30.0
-"""How often workers that were given up are listened to."""
+LISTEN_S, MOST_GHOSTS = 30.0, 50
+"""How often workers that were given up are listened to, and how many of them."""
 
 
 class Observer(Protocol):
@@ -90,7 +90,7 @@ class Crew:
                 else:
                     late = "comes too late and is ignored"
                     self._observer.note(f"child {outcome['child']}: an outcome by {ghost.name}, long given up, {late}")
-        self._ghosts = [one for one in self._ghosts if one.said_bye is None and one.damaged is None]
+        self._ghosts = [one for one in self._ghosts if one.said_bye is None and one.damaged is None][-MOST_GHOSTS:]
 
     def _hear(self, handle: WorkerHandle, *, last_words: bool = False) -> None:
         """Read a worker's reports; `last_words`: only what it says of children, not its troubles."""
@@ -193,7 +193,8 @@ class Crew:
             bye not in (None, worker.TIME_OVER, worker.TOLD) and abandoned and (bye != worker.SIGNALLED or how == DIED)
         ):
             fault = f"worker {name} left its children: {bye}"
-        self._part(handle, how, fault)
+        # One that an earlier coordinator had may have died with that one, of the same cause: no child is to blame.
+        self._part(handle, how, fault, blame=how != DIED or name not in self._adopted - self._lived)
         if how == CANCELLED and (name not in self._adopted - self._lived or self._backend.seen(name)):
             self._num_cancelled += 1
             self._observer.note(f"worker {name} was cancelled from outside: no other is started in its place")
@@ -202,11 +203,13 @@ class Crew:
         if fault is not None:
             self._misfortune(name, fault)
 
-    def _part(self, handle: WorkerHandle, how: str, fault: str | None = None) -> None:
+    def _part(self, handle: WorkerHandle, how: str, fault: str | None = None, *, blame: bool = False) -> None:
         if handle.name in self._ledger.history.workers:
             rest: Event = {"lived_s": round(handle.lived_s, 3), "busy_s": round(handle.busy_s, 3)}
             if fault is not None and handle.node is None:
                 rest |= {"node": self._backend.node(handle.name)}
+            if fault is not None and blame:
+                rest |= {"blame": True}
             self._ledger.record({"event": "left", "worker": handle.name, "how": how, "fault": fault, **rest})
 
     def _end(self, handle: WorkerHandle, how: str) -> None:
@@ -269,7 +272,8 @@ class Crew:
     def _nodes_for(self, number: int) -> set[str | None]:
         """Where a child may be tried next; None stands for wherever a worker will be that waits for a machine."""
         nodes = {handle.node for handle in self.handles.values()}
-        crashed = {one.node for one in self._ledger.history.attempts[number] if one.lost == "crash"}
+        attempts = self._ledger.history.attempts[number]
+        crashed = {one.node for one in attempts if one.lost == "crash" or one.death is not None}
         others = nodes - crashed
         if others == {None} and len(nodes) > 1:
             now = time.monotonic()

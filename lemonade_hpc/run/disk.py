@@ -65,7 +65,10 @@ def checks(folder: Path, cluster: Cluster) -> Iterator[Check]:
 
 def _forbidden(folder: Path, error: OSError) -> Check:
     seen = f"{folder}: {error.strerror}"
-    return Check("write permission", FAIL, seen, f"have its owner let you write there (chmod u+w, chown), {ELSEWHERE}")
+    fix = "have its owner let you write there (chmod u+w, chown)"
+    if error.errno == errno.EROFS:
+        fix = "find out why it is read-only here (a site may have made it so, or the file system is in trouble)"
+    return Check("write permission", FAIL, seen, f"{fix}, {ELSEWHERE}")
 
 
 def _room(folder: Path, scratch: Path) -> Check:
@@ -161,7 +164,10 @@ def _visibility(scratch: Path) -> Check:
         written = time.monotonic()
         told = watcher.stdout.readline().strip()
     late_s = max(0.0, float(told) - written) if told else SEEN_S
-    seen = f"another process on this machine sees a new name {1000 * late_s:.0f} ms later{'' if told else ', or never'}"
+    seen = (
+        f"another process on this machine sees a new name {1000 * late_s:.0f} ms later{'' if told else ', or never'}; "
+        f"another node may see it later (cluster.stale_s)"
+    )
     if late_s > LATE_S:
         return Check(name, WARN, seen, f"cluster: {{stale_s: {files.STALE_S:g}}} or more, {ELSEWHERE}")
     return Check(name, OK, seen)

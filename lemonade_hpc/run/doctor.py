@@ -62,7 +62,9 @@ def doctor(config: Config, run: Path) -> list[Check]:
     made += checks.each("GPU", partial(_gpu, config, folder, site))
     made.append(found)
     made += checks.each("run folder", partial(disk.checks, folder, config.cluster))
-    if config.cluster.backend == "slurm":
+    if config.cluster.backend == "slurm" and container.is_inside() and helper.HOST not in os.environ:
+        made.append(unknown("Slurm", "there is none inside an image that was not started by the helper", "see above"))
+    elif config.cluster.backend == "slurm":
         made += checks.each("Slurm", partial(scheduler.checks, config, run, site.commands, site.user))
     else:
         made.append(Check("Slurm", OK, f"not asked: cluster.backend is {config.cluster.backend}"))
@@ -201,6 +203,7 @@ def _where(cluster: Cluster) -> str:
     command = "python3 lemonade-hpc" if container.is_inside() else "lemonade-hpc"
     if cluster.backend != "slurm":
         return f"run it on a machine that has one: {command} doctor ..., or cluster: {{device: cpu}}"
-    asked = {"partition": cluster.partition, "account": cluster.account, "gres": cluster.gres or f"gpu:{cluster.gpus}"}
-    options = [f"--{key}={value}" for key, value in asked.items() if value]
+    gres = None if "gres" in cluster.skip else cluster.gres or f"gpu:{cluster.gpus}"
+    asked = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "gres": gres}
+    options = [f"--{key}={value}" for key, value in (asked | cluster.extra).items() if value]
     return f"run it on a node that has one: {shlex.join(['srun', *options])} {command} doctor ..."

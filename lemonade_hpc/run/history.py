@@ -233,7 +233,8 @@ class History:
         self.usage.busy += event["busy_s"] * max(worker.gpus, 1)
         node = worker.node or event.get("node")
         if event["fault"]:
-            struck = self._died_under(event["worker"], event["how"]) or {f"worker {event['worker']}"}
+            struck = self._died_under(event["worker"], event["how"]) if event.get("blame") else set()
+            struck = struck or {f"worker {event['worker']}"}
             if node is not None:
                 self.strikes.setdefault(node, set()).update(struck)
             for number in self.attempts:

@@ -25,6 +25,7 @@ def identity(pid: int | None = None) -> dict[str, Any]:
         "started": _started(pid),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "user": os.getuid(),
+        "cluster": os.environ.get("SLURM_CLUSTER_NAME"),
     }
 
 

@@ -27,6 +27,7 @@ COORDINATOR = "coordinator"
 IN_FULL = {"SLURM_BITSTR_LEN": "0"}
 """Else a list of tasks ends after 64 characters."""
 LIST = ("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r|%N")
+CONFIG = ("scontrol", "show", "config")
 QUERY_TIMEOUT_S = 20.0
 PATIENT_S = 60.0
 UNKNOWN_NODES = ("(null)", "None assigned")
@@ -106,7 +107,7 @@ def judge(who: dict[str, Any]) -> owner.Verdict:
     """Whether a coordinator lives: told by its process on this machine, else by its job."""
     verdict = owner.judge(who)
     if verdict == "unknown" and who.get("slurm_job"):
-        ended = job_has_ended(who["slurm_job"], mine=who.get("user") == os.getuid())
+        ended = job_has_ended(who["slurm_job"], mine=who.get("user") == os.getuid() and _is_here(who.get("cluster")))
         verdict = "unknown" if ended is None else "gone" if ended else "alive"
     return verdict
 
@@ -129,7 +130,7 @@ class Patient(Generic[Told]):
 def job_has_ended(job: str, *, mine: bool) -> bool | None:
     """Whether one job, which was running once, is over; None where nobody says.
 
-    `mine`: it is this user's, so that it is over where the queue is told without it, for it was in there.
+    `mine`: it is this user's, on this cluster, so that it is over where the queue is told without it: it was in there.
     """
     answer = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
     if not answer:
@@ -139,6 +140,11 @@ def job_has_ended(job: str, *, mine: bool) -> bool | None:
         return states[0] in ENDED
     listed = ask(*LIST) if mine else None
     return None if listed is None else job not in (line.partition("|")[0] for line in listed.splitlines())
+
+
+def _is_here(cluster: str | None) -> bool:
+    """Whether jobs of this cluster are asked after here: others may share the file system."""
+    return cluster is not None and cluster == (os.environ.get("SLURM_CLUSTER_NAME") or settings().get("ClusterName"))
 
 
 def _told_by_scontrol(line: str) -> Sequence[str]:
@@ -162,7 +168,7 @@ def _is_due(row: Sequence[str], unqueued: bool) -> bool:
 
 def settings() -> dict[str, str]:
     """Slurm's own configuration, as far as it is told."""
-    told = ask("scontrol", "show", "config") or ""
+    told = ask(*CONFIG) or ""
     return dict(re.findall(r"^(\w+)[ \t]*=[ \t]*(.*?)[ \t]*$", told, re.MULTILINE))
 
 

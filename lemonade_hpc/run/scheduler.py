@@ -16,8 +16,8 @@ from lemonade_hpc.run.checks import FAIL, OK, WARN, Check, unknown
 
 FEW_TASKS = 100
 """Of an array: below that it is told."""
-SHORT_AGE_S = 120
-"""MinJobAge below which a job may be forgotten between two looks."""
+LEAST_STATUS_S = 15
+"""Nobody should be advised to ask Slurm more often."""
 LINKS = 2
 """Jobs of a run beside its workers': a coordinator and its successor."""
 DOWN = "see whether it answers: sinfo, scontrol ping"
@@ -77,7 +77,7 @@ def _accounting() -> Check:
 def _settings(told: Mapping[str, str], cluster: Cluster) -> Iterator[Check]:
     """What Slurm's own configuration means for a run."""
     yield _max_array(queue.number(told.get("MaxArraySize")), cluster)
-    yield _job_age(queue.number(told.get("MinJobAge")))
+    yield _job_age(queue.number(told.get("MinJobAge")), cluster)
     yield _preemption(told.get("PreemptMode"), cluster)
     yield _requeue(queue.number(told.get("JobRequeue")), cluster)
 
@@ -98,14 +98,18 @@ def _max_array(size: int | None, cluster: Cluster) -> Check:
     return Check(name, OK, str(size))
 
 
-def _job_age(age_s: int | None) -> Check:
+def _job_age(age_s: int | None, cluster: Cluster) -> Check:
     name = "MinJobAge"
     if age_s is None:
         return unknown(name, "scontrol show config does not tell it", DOWN)
-    seen = f"{age_s} s: for so long squeue shows a job that has ended"
-    if age_s < SHORT_AGE_S:
-        return Check(name, WARN, seen, f"cluster: {{status_s: {max(1, age_s // 2)}}}, or ask the site to raise it")
-    return Check(name, OK, seen)
+    if age_s == 0:
+        return Check(name, OK, "0: squeue shows every job that has ended")
+    seen = f"{age_s} s: for so long squeue shows a job that has ended; it is asked every {cluster.status_s:g} s"
+    if age_s >= 2 * cluster.status_s:
+        return Check(name, OK, seen)
+    less = f"cluster: {{status_s: {age_s // 2}}}, or " if age_s // 2 >= LEAST_STATUS_S else ""
+    rest = "ask the site to raise it; without accounting (sacct), how a worker ended may stay unknown"
+    return Check(name, WARN, seen, less + rest)
 
 
 def _preemption(mode: str | None, cluster: Cluster) -> Check:
@@ -160,7 +164,7 @@ def _submit_limit(cluster: Cluster, user: str) -> Check:
     if known and min(known) < needed:
         fix = f"cluster: {{workers: {max(1, min(known) - LINKS)}}}, or ask the site to raise it; until then fewer run"
         return Check(name, WARN, f"{min(known)} for {where}; {needed} are wanted", fix)
-    return Check(name, OK, f"{min(known) if known else 'none'} for {where}")
+    return Check(name, OK, f"{min(known) if known else 'none'} for {where} (a QOS may have one of its own)")
 
 
 # ---------------------------------------------------------------- submission

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.container import Image
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
 from lemonade_hpc.run.history import History
+from lemonade_hpc.run.journal import RecordError
 from lemonade_hpc.run.ledger import Halted, NoRoom, RunFailed
 from lemonade_hpc.run.record import Loaded
 from lemonade_hpc.search import evolution
@@ -46,8 +47,8 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     Stopped (the same call goes on).
     """
     take_over = take_over or chain.takes_over()
-    chain.refuse_early_deaths(run)
     data = data_sets.load(config.data)
+    chain.has_begun(run)
     config = resolve(config, data.shape)
     if new := not (run / files.RUN).exists():
         _check_backend(config)
@@ -59,16 +60,16 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
             try:
                 calm_s = 0.0 if chain.begun_by_a_person() else config.cluster.status_s
                 lease.settle(run, config.cluster.stale_s, observer.note, take_over=take_over, calm_s=calm_s)
-                _same_image(config, run, image)
                 loaded = record.load(run, fixed)
                 history = loaded.history
                 if _nothing_to_do(run, loaded):
                     for text in _overspent(history):
                         observer.note(text)
                     return history
+                _same_image(config, run, image, observer.note)
                 if not new and chain.begun_by_a_person():
                     _check_backend(config)
-                chain.refuse_to_go_on(run, history, observer.note)
+                chain.refuse_to_go_on(run, loaded, observer.note)
                 digest = image.sha256 if image else None
                 journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over, image=digest)
             except lease.Behind:
@@ -89,11 +90,11 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                 coordinator.search()
             except (Stopped, RunFailed) as error:
                 coordinator.why, coordinator.halted = str(error), isinstance(error, Halted)
-                if coordinator.halted and chain.is_link():
-                    chain.end(record.read_identity(run)["run"])
                 raise
             finally:
                 coordinator.close()
+                if coordinator.halted and chain.is_link():
+                    chain.end(record.read_identity(run)["run"])
     except (OSError, NoRoom) as error:
         if isinstance(error, OSError) and error.errno not in files.STORAGE_ERRORS:
             raise
@@ -114,7 +115,7 @@ def submit(config: Config, run: Path, *, take_over: bool = False) -> str:
     image = container.read(config)
     _prepare(config, data, run, image)
     lease.check_free(run, take_over=take_over)
-    _same_image(config, run, image)
+    _same_image(config, run, image, lambda text: None)
     return chain.begin(config, run, take_over=take_over)
 
 
@@ -216,18 +217,25 @@ def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run:
         raise ConfigError(f"{run}: was started with other data than {source} gives now (checksum differs)")
 
 
-def _same_image(config: Config, run: Path, image: Image | None) -> None:
+def _same_image(config: Config, run: Path, image: Image | None, note: Callable[[str], None]) -> None:
     """Refuse to go on in another image than last, unless that is allowed: what computes may compute otherwise."""
     numbers = files.epochs(run)
-    before = (lease.read_owner(run, numbers[-1]) if numbers else record.read_identity(run)).get("image")
+    if not numbers:
+        return  # nothing has been computed
+    try:
+        before = lease.read_owner(run, numbers[-1]).get("image")
+    except RecordError:
+        return  # whoever held it cannot be told: `lease.open_epoch` wants a person to know, or sees it later
     now = image.sha256 if image else None
-    if before == now or config.container.may_change:
+    if before == now:
         return
     was, is_ = (f"in the image {digest:.12}" if digest else "in none" for digest in (before, now))
-    raise ConfigError(
-        f"{run}: its workers ran {was}, now it is {is_}{f' ({image.path})' if image else ''} (SHA-256). Give the same "
-        f"image, or allow it by container.may_change: true, which is put on record"
-    )
+    found = f"its workers ran {was}, now it is {is_}{f' ({image.path})' if image else ''} (SHA-256)"
+    if not config.container.may_change:
+        raise ConfigError(
+            f"{run}: {found}. Give the same image, or allow it by container.may_change: true, which is put on record"
+        )
+    note(f"{found}, which container.may_change allows")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

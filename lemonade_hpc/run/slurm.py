@@ -43,7 +43,7 @@ ENDS = {
 }  # fmt: skip
 """What a state says of how a worker ended."""
 STUCK = re.compile(
-    r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|PartitionConfig|Partition\w+Limit|Max\w+PerJob|PerLimit|Grp\w*Min"
+    r"Invalid|NotAllowed|BadConstraints|NeverSatisfied|JobHeld|PartitionConfig|Partition\w+Limit|Max\w+PerJob|PerLimit|Grp(?!\w*Run)\w*Min"
 )
 """In reasons for which a job waits until somebody changes something."""
 TRANSIENT = ("timed out", "unable to contact", "connection refused", "temporarily", "try again", "inactive or drain")
@@ -226,6 +226,7 @@ class SlurmBackend:
         except FailedJobError as error:
             if CROWDED.search(str(error)):
                 self._fits, self._crowded_at = max(1, len(names) // 2), time.monotonic()
+                self._num_failures = 0
                 for name in names:
                     del self._places[name]
                 raise NotNow(f"sbatch takes no {len(names)} more jobs now, so fewer workers run: {error}") from error

@@ -16,7 +16,7 @@ import numpy as np
 from lemonade_hpc import files
 from lemonade_hpc.run import budgets, journal, population, record, status
 from lemonade_hpc.run import history as histories
-from lemonade_hpc.run.history import History
+from lemonade_hpc.run.history import Attempt, History
 from lemonade_hpc.run.journal import Event
 from lemonade_hpc.run.record import RecordError
 from lemonade_hpc.search import evolution
@@ -93,11 +93,22 @@ def _decisions(fixed: Problem, events: list[Event]) -> Iterator[str]:
 
 def _attempts(events: list[Event]) -> Iterator[str]:
     allowed = budgets.allowed(max((event["retries"] for event in events if event["event"] == "epoch"), default=0))
-    losses: dict[int, list[tuple[str, float]]] = defaultdict(list)
+    attempts: dict[int, dict[str, Attempt]] = defaultdict(dict)
+    finished: set[int] = set()
     for event in events:
-        if event["event"] == "lost":
-            losses[event["child"]].append((event["kind"], event["done"]))
-    for child, lost in losses.items():
+        if event["event"] == "attempt":
+            attempts[event["child"]][event["attempt"]] = Attempt(event["attempt"], event["worker"])
+        elif event["event"] == "lost":
+            one = attempts[event["child"]][event["attempt"]]
+            one.lost, one.done = event["kind"], event["done"]
+        elif event["event"] == "committed":
+            finished.add(event["outcome"]["child"])
+        elif event["event"] == "left" and event.get("blame"):
+            for one in (one for child, given in attempts.items() if child not in finished for one in given.values()):
+                if one.worker == event["worker"] and one.lost == "worker":
+                    one.death = event["how"]
+    for child, given in attempts.items():
+        lost = [(str(budgets.kind(one)), one.done) for one in given.values() if one.lost is not None]
         for kind, count in budgets.charged(lost).items():
             if kind in allowed and count > 1 + allowed[kind]:
                 yield f"child {child} lost {count} attempts to {kind}; allowed are {1 + allowed[kind]}"

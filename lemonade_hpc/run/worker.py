@@ -81,6 +81,8 @@ class Worker:
         self._requeued = not self._done.empty
         """Whether its job has begun anew: a log has one writer, so it leaves without a word."""
         self._epoch = 0
+        self._made_of: tuple[Any, Any] = (None, None)
+        """The version and the image of its first coordinator, and so its own."""
         self._assigned = LogReader(Path())
         self._queue: deque[Message] = deque()
         self._known: set[tuple[int, str]] = set()
@@ -155,6 +157,9 @@ class Worker:
         owned = _owner(self.run, epoch) if path.exists() else None
         if owned is None:
             return self._late.waits(False)
+        if self._epoch and (owned.get("code"), owned.get("image")) != self._made_of:
+            return False  # it is not what that coordinator has its children trained by
+        self._made_of = owned.get("code"), owned.get("image")
         for task in self._queue:  # the new coordinator sends again what it wants done
             self._known.discard(_key(task))
         self._queue.clear()

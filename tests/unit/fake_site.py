@@ -59,7 +59,7 @@ LaunchParameters        =
 PreemptMode             = OFF
 """
 APPTAINER = """#!{python}
-import json, os, subprocess, sys
+import csv, json, os, subprocess, sys
 home = os.path.dirname(os.path.abspath(__file__)) + "/.."
 plan = json.load(open(home + "/plan"))
 def say(word, text):
@@ -77,9 +77,11 @@ assert words.pop(0) == "exec", sys.argv
 binds = []
 while words[0].startswith("-"):
     word = words.pop(0)
-    assert word in ("--cleanenv", "--no-home", "--no-eval", "--nv", "--bind"), word
-    if word == "--bind":
-        binds.append(words.pop(0))
+    assert word in ("--cleanenv", "--no-home", "--no-eval", "--nv", "--mount"), word
+    if word == "--mount":
+        kind, source, target = next(csv.reader([words.pop(0)]))
+        assert kind == "type=bind" and source[4:] == target[4:], (source, target)
+        binds.append(source[4:])
 image = words.pop(0)
 try:
     open(image, "rb").close()

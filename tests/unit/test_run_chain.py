@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -222,6 +222,7 @@ def test_signals_reach_the_coordinator_and_the_job_waits_for_it(run: Path, comma
     program = "import signal, sys, time; n = []; signal.signal(signal.SIGUSR1, lambda *a: n.append(1)); print('up')"
     program += "\nwhile not n: time.sleep(0.01)\ntime.sleep(0.5); sys.exit(3)"
     changed = script.replace(script[start : script.index(" &\n", start)], f'{sys.executable} -u -c "{program}"')
+    changed = changed.replace("sleep 60", "true")
     with subprocess.Popen(["bash", "-c", changed], stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None
         while job.stdout.readline().strip() != "up":
@@ -345,32 +346,41 @@ def test_a_link_waits_for_a_coordinator_that_still_lives(
     assert waits == [session.HELD_S] * 3 and len(notes.about("Waiting for that")) == 3
 
 
-def early(run: Path, jobs: Sequence[int]) -> None:
-    """Jobs of a chain that have left a log, and nothing else."""
-    for job in jobs:
-        (run / files.SLURM / f"coordinator-{job}.log").touch()
+def test_a_chain_whose_coordinators_end_before_they_begin_ends(run: Path, commands: Commands) -> None:
+    """Out of memory while they read the data, say, or while numpy is imported: no record tells of them."""
+    session.submit(settings(), run)
+    script = (run / "slurm/coordinator.sbatch").read_text()
+    start = script.index(sys.executable)
+
+    def job(number: int, command: str) -> subprocess.CompletedProcess[str]:
+        text = script.replace(script[start : script.index(" &\n", start)], command).replace("sleep 60", "true")
+        environ = os.environ | {"SLURM_JOB_ID": str(number)}
+        return subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, env=environ)
+
+    for number in range(chain.MAX_CRASHES):
+        assert job(number, "bash -c 'kill -9 $$'").returncode == 137
+    submitted = len(commands.calls("sbatch"))
+    done = job(99, "true")
+    assert done.returncode == 1 and "the last 6 coordinators, with this one, ended before they had begun" in done.stderr
+    assert len(commands.calls("sbatch")) == submitted
+    session.submit(settings(), run)  # mended
+    began = len(commands.calls("sbatch"))
+    assert job(100, "true").returncode == 0 and len(commands.calls("sbatch")) == began + 1
 
 
-def test_a_chain_whose_coordinators_end_before_they_begin_ends(
+def test_a_coordinator_that_has_read_the_data_has_begun(
     run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Out of memory while they read the data, say: no record tells of them. Nothing is read in that case."""
+    """Also where it then finds a full disk, or waits for another one to end."""
     session.submit(settings(), run)
-    early(run, [3, 5, *range(4711, 4711 + chain.MAX_CRASHES)])  # two of a chain before
+    for number in (7, 8):
+        (run / "slurm" / f"early-{number}").touch()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setenv(chain.LINK, "next")
-    doubles.search(run, settings(), backend=doubles.FakeBackend(run))
-    owned = json.loads((run / files.owner(1)).read_text())
-    owned["owner"]["slurm_job"] = "4720"
-    (run / files.owner(1)).write_text(json.dumps(owned))
-    early(run, range(4721, 4721 + chain.MAX_CRASHES))
-    doubles.search(run, settings(), backend=doubles.FakeBackend(run))
-    early(run, [4730])
-    monkeypatch.setattr(session.data_sets, "load", lambda data: pytest.fail("this is what may kill it"))
-    with pytest.raises(RunFailed, match=r"5 coordinators in a row ended before they had read .*coordinator_mem_gb"):
-        doubles.search(run, settings(), backend=doubles.FakeBackend(run))
-    monkeypatch.undo()
-    doubles.install(monkeypatch)
-    assert doubles.search(run, settings(), backend=doubles.FakeBackend(run)).state.complete
+    monkeypatch.setattr(session, "time", SimpleNamespace(sleep=lambda seconds: None))
+    with pytest.raises(Stopped, match="cannot write"):
+        doubles.search(run, settings(), lambda task: "storage")
+    assert [path.name for path in (run / "slurm").glob("early-*")] == ["early-7"]
 
 
 @pytest.mark.parametrize("link", [True, False])
@@ -426,7 +436,15 @@ def test_a_job_of_ones_own_that_nobody_has_an_account_of_is_over_once_the_queue_
     """Slurm has forgotten it, and there is no accounting: a successor that waited long is to take over all the same."""
     monkeypatch.setattr(queue.owner, "judge", lambda who: "unknown")
     monkeypatch.setattr(queue, "ask", lambda *command: listed if command == queue.LIST else None)
-    assert queue.judge({"slurm_job": "77", "user": os.getuid() + (not mine)}) == verdict
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "a")
+    who = {"slurm_job": "77", "user": os.getuid() + (not mine), "cluster": "a"}
+    assert queue.judge(who) == verdict
+    if verdict == "gone":  # and not where clusters share a file system
+        assert queue.judge(who | {"cluster": "b"}) == queue.judge(who | {"cluster": None}) == "unknown"
+        monkeypatch.delenv("SLURM_CLUSTER_NAME")
+        said = {queue.LIST: listed, queue.CONFIG: "ClusterName             = a\n"}
+        monkeypatch.setattr(queue, "ask", lambda *command: said.get(command))
+        assert queue.judge(who) == "gone" and queue.judge(who | {"cluster": "b"}) == "unknown"
 
 
 def test_what_is_known_of_the_process_needs_no_slurm(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,6 +529,27 @@ def test_what_sbatch_says_of_a_coordinators_job(run: Path, commands: Commands) -
     commands.fail("sbatch", "sbatch: error: Batch job submission failed: Invalid account\n")
     with pytest.raises(ConfigError, match="Slurm refuses the coordinator's job. It says: .*Invalid account"):
         chain.begin(settings(), run)
+
+
+@pytest.mark.parametrize("name", ['a"b', "50%", "a\\b", "a\nb"])
+def test_a_folder_that_no_batch_script_can_name_is_refused(run: Path, commands: Commands, name: str) -> None:
+    with pytest.raises(ConfigError, match="sbatch takes no folder with one of"):
+        session.submit(settings(), run / name)
+    assert not (run / name).exists()
+
+
+def test_a_link_leaves_where_its_predecessor_was_told_to_stop_and_could_not_say_so(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed while it drained."""
+    doubles.start(run, settings(stale_s=0), doubles.FakeBackend(run))._ledger.close()
+    (run / files.stop_order(1)).write_bytes(b".")
+    with monkeypatch.context() as patch:
+        patch.setenv(chain.LINK, "next")
+        with pytest.raises(Halted, match="stopped by `lemonade-hpc stop`"):
+            doubles.search(run, settings(stale_s=0))
+    assert commands.calls("scancel")[-1].endswith("--state=PENDING")
+    assert doubles.search(run, settings(stale_s=0), backend=doubles.FakeBackend(run)).state.complete
 
 
 def test_a_submission_takes_over_where_a_person_says_so(

@@ -5,6 +5,7 @@ Apptainer is a script here that says how it was called; `tests/cluster/` has a r
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -85,8 +86,6 @@ def test_an_image_is_for_workers_on_slurm() -> None:
 def test_folders_to_bind_must_be_there_and_have_names_that_can_be(run: Path, image: Path) -> None:
     with pytest.raises(ConfigError, match="container.binds: /nowhere: no such folder"):
         container.check(settings(image, container={"binds": ["/nowhere"]}))
-    with pytest.raises(ConfigError, match="a comma or a colon in its name cannot be bound"):
-        container.folders(settings(image, container={"binds": ["/a,b"]}))
     relative = settings(image, data={"name": "npz", "root": "data/x.npz"})
     assert container.folders(relative) == [str(Path("data/x.npz").absolute())]
 
@@ -118,15 +117,38 @@ def test_a_folder_that_is_used_as_an_image_on_this_machine_is_like_none(
     assert container.read(doubles.config()) is None
 
 
-def test_an_image_is_another_one_when_its_content_is(run: Path, image: Path) -> None:
+def test_an_image_is_another_one_when_its_content_is(run: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is read again where it looks like another one; workers in the queue look at what a coordinator last saw."""
     found = container.read(settings(image))
-    assert found is not None and found.changed() is None
+    assert found is not None
+    python, script = container.prepare(found, settings(image), run), run / files.SLURM / "worker.sh"
+    assert python() == container.worker_python(run) and found.stamp in script.read_text()
     os.utime(image, (1, 1))
-    assert found.changed() is None  # read again
+    assert python() == container.worker_python(run) and "7 1.000000000" in script.read_text()
+    monkeypatch.setattr(container, "_digest", lambda path: pytest.fail("read through at every launch"))
+    python()
+    monkeypatch.undo()
     image.write_bytes(b"another")
-    assert "is another image now than when this coordinator began" in str(found.changed())
+    with pytest.raises(Refused, match="is another image now than when this coordinator began; submit again"):
+        python()
     image.unlink()
-    assert str(found.changed()) == f"{image}: No such file or directory"
+    with pytest.raises(Refused, match=f"{image}: No such file or directory"):
+        python()
+
+
+def test_an_image_that_cannot_be_seen_just_now_pauses_a_run(
+    run: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = container.read(settings(image))
+    assert found is not None
+    python = container.prepare(found, settings(image), run)
+
+    def stale(path: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(container, "_stamp", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        python()
 
 
 def test_a_run_goes_on_in_the_same_image_or_in_another_where_that_is_allowed(
@@ -190,7 +212,7 @@ def started(run: Path, bin: Path, *words: str, **environ: str) -> tuple[list[str
 def test_a_worker_starts_in_its_image_with_what_it_needs_and_no_more(
     run: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    odd, bin = tmp_path / "it's $HOME `x`", tmp_path / "bin"
+    odd, bin = tmp_path / "it's $HOME `x`, a: b", tmp_path / "bin"
     odd.mkdir()
     bin.mkdir()
     chosen = settings(image, container={"binds": [str(odd)]})
@@ -198,16 +220,21 @@ def test_a_worker_starts_in_its_image_with_what_it_needs_and_no_more(
     assert found is not None
     container.prepare(found, chosen, run)()
     poison = {"PYTHONPATH": "/broken", "HOME": "/nowhere", "LD_LIBRARY_PATH": "/broken", "BASH_ENV": "/broken"}
+    poison |= {"APPTAINERENV_PYTHONPATH": "/broken", "SINGULARITYENV_LD_PRELOAD": "/broken.so"}
     own = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "GPU-1,2", "SUBMITIT_X": "a b\nc'$(x)", "OMP_NUM_THREADS": "2"}
     words, seen = started(run, bin, "-u", "-m", "submitit", "a b", **poison, **own)
     binds = helper.outermost([str(odd), str(run.resolve())])
     expected = ["--quiet", "exec", "--cleanenv", "--no-home", "--no-eval"]
-    expected += [word for folder in binds for word in ("--bind", folder)]
+    expected += [word for folder in binds for word in ("--mount", f'type=bind,"src={folder}","dst={folder}"')]
     assert words == [*expected, str(image), "python3", "-u", "-m", "submitit", "a b"]
     assert {k: v for k, v in seen.items() if k.startswith("APPTAINERENV_")} == {
         f"APPTAINERENV_{key}": value for key, value in own.items()
     }
     assert "LD_LIBRARY_PATH" not in seen  # Apptainer's own tools would follow it
+    assert not any(key.startswith("SINGULARITYENV_") for key in seen)
+    image.write_bytes(b"another")
+    with pytest.raises(subprocess.CalledProcessError):
+        started(run, bin, "-u", **own)  # it has waited in the queue meanwhile
 
 
 def test_what_apptainer_needs_to_start_at_a_site_is_left_to_it(run: Path, image: Path, tmp_path: Path) -> None:
@@ -261,7 +288,7 @@ def test_a_coordinator_in_an_image_is_started_in_it_by_a_helper_of_its_own(
     assert copy.read_bytes() == Path(helper.__file__).read_bytes()
     line = next(line for line in script.splitlines() if line.startswith("python3 "))
     assert shlex.split(line.removesuffix(" &")) == [
-        "python3", str(copy), "--image", str(image), "--bind", str(image.parent), "search",
+        "python3", "-I", str(copy), "--image", str(image), "--bind", str(image.parent), "search",
         str(run.resolve() / files.SLURM / "config.yaml"), "--run", str(run.resolve()),
     ]  # fmt: skip
     assert chain.PROGRAM[0] not in line

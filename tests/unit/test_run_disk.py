@@ -94,7 +94,7 @@ def test_slow_writes_and_late_names_are_told(site: Site, monkeypatch: pytest.Mon
 def test_a_name_that_is_never_seen_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "WATCH", "print(); print()")
     check = one(without_image(site), "visibility")
-    assert check.state == WARN and check.seen.endswith("20000 ms later, or never")
+    assert check.state == WARN and check.seen.endswith("another node may see it later (cluster.stale_s)")
 
 
 def test_an_existing_run_folder_is_examined_itself_and_left_as_it_was(site: Site) -> None:

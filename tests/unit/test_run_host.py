@@ -6,6 +6,7 @@ A real socket, real processes, and commands that note how they were called. `tes
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import random
@@ -158,6 +159,26 @@ def test_a_command_that_is_not_there_or_takes_too_long_is_told(
     assert (answer["code"], answer["err"]) == (helper.TIMED_OUT, "squeue: timed out after 0.2 s\n")
 
 
+def test_a_script_is_run_by_its_real_name_wherever_it_was_asked_from(outside: Outside) -> None:
+    (outside.run / "link.sbatch").symlink_to(outside.script)
+    assert outside.ask("sbatch", str(outside.run / "link.sbatch"), cwd="/")["code"] == 0
+    assert outside.calls()[0]["words"] == [str(outside.script.resolve())]
+
+
+def test_a_command_that_submits_nothing_may_submit_nothing(tmp_path: Path, outside: Outside) -> None:
+    """`status`, `cancel` and the like have no scripts of their own."""
+    with pytest.raises(helper.Refused, match="is not the whole path of a file in a run folder"):
+        helper.granted({"command": ["sbatch", str(outside.script)], "cwd": "/", "input": ""}, None)
+
+
+def test_a_site_may_have_put_a_script_around_a_command(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is ended for its time is the one within."""
+    outside.says("squeue", "#!/bin/sh\n/bin/sleep 60\necho never\n")
+    monkeypatch.setattr(helper, "OTHERS_S", 0.2)
+    began = time.monotonic()
+    assert outside.ask(*queue.LIST)["code"] == helper.TIMED_OUT and time.monotonic() - began < 20
+
+
 def test_a_working_directory_that_is_not_outside_is_none(outside: Outside) -> None:
     assert outside.ask(*queue.LIST, cwd="/opt/lemonade/nowhere")["code"] == 0
     assert outside.calls()[0]["cwd"] == str(outside.run)
@@ -176,18 +197,22 @@ def test_a_working_directory_that_is_not_outside_is_none(outside: Outside) -> No
         (("sbatch", "--wrap=true", "SCRIPT"), "'--wrap=true' is not among the words"),
         (("sbatch", "--export=ALL", "SCRIPT"), "'--export=ALL' is not among"),
         (("sbatch",), "its last word is a script"),
-        (("sbatch", "SCRIPT", "more"), "'SCRIPT' is not among|more is not a file"),
-        (("sbatch", "/etc/passwd"), "sbatch: /etc/passwd is not a file in "),
-        (("sbatch", "OUTSIDE"), "is not a file in "),
-        (("sbatch", "LINK"), "is not a file in "),
-        (("sbatch", "RUN/../outside.sh"), "is not a file in "),
-        (("sbatch", "RUN/slurm"), "is not a file in "),
-        (("sbatch", "RUN/nothing"), "is not a file in "),
+        (("sbatch", "SCRIPT", "more"), "more is not the whole path of a file"),
+        (("sbatch", "/etc/passwd"), "sbatch: /etc/passwd is not the whole path of a file in "),
+        (("sbatch", "OUTSIDE"), "is not the whole path of a file in "),
+        (("sbatch", "LINK"), "is not the whole path of a file in "),
+        (("sbatch", "slurm/coordinator.sbatch"), "is not the whole path of a file in "),
+        (("sbatch", "RUN/../outside.sh"), "is not the whole path of a file in "),
+        (("sbatch", "RUN/slurm"), "slurm is not a file"),
+        (("sbatch", "RUN/nothing"), "nothing is not a file"),
         (("squeue", "--me", "--format=%i\n--all"), "a character that cannot be printed"),
         (("scancel", "--me\n--user=root"), "a character that cannot be printed"),
-        (("scancel", "--user=root"), "'--user=root' is not among"),
+        (("scancel", "--user=root", f"--name={NAME}"), "'--user=root' is not among"),
         (("scancel", "--name=somebody-elses"), "is not among"),
-        (("scancel", "-w", "n1"), "'-w' is not among"),
+        (("scancel", "-w", "n1"), "jobs are named, one by one or by --name"),
+        (("scancel", "--me"), "jobs are named, one by one or by --name"),
+        (("scancel", "--me", "--state=PENDING"), "jobs are named"),
+        (("scancel",), "jobs are named"),
         (("scontrol", "update", "JobId=7", "Priority=9"), "'update' is not among"),
         (("scontrol", "shutdown"), "'shutdown' is not among"),
         (("squeue", "--user=root"), "is not among"),
@@ -250,6 +275,42 @@ def test_who_does_not_end_a_request_holds_up_nobody_else(outside: Outside, monke
         one.close()
 
 
+def test_who_does_not_read_the_answer_holds_up_nobody_else(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helper, "READ_S", 0.5)
+    outside.says("squeue", "#!/bin/bash\nhead -c 3000000 /dev/zero | tr '\\0' x\n")
+    request = json.dumps({"command": list(queue.LIST), "cwd": "/", "input": ""}).encode() + b"\n"
+    deaf = [socket.socket(socket.AF_UNIX) for _ in range(helper.CONNECTIONS)]
+    for one in deaf:
+        one.connect(outside.helper.path)
+        one.sendall(request)
+    assert len(outside.ask(*queue.LIST)["out"]) == 3_000_000
+    for one in deaf:
+        one.close()
+
+
+def test_a_user_with_too_many_processes_is_answered_later(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = helper.threading.Thread
+
+    def refuse(*words: Any, **options: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(helper.threading, "Thread", refuse)
+    with contextlib.suppress(ConnectionError, ValueError):
+        outside.ask(*queue.LIST)
+    monkeypatch.setattr(helper.threading, "Thread", real)
+    assert outside.ask(*queue.LIST)["code"] == 0
+
+
+def test_whatever_goes_wrong_is_answered_and_written_down(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*words: Any) -> Any:
+        raise UnicodeEncodeError("ascii", "\xfc", 0, 1, "ordinal not in range(128)")
+
+    monkeypatch.setattr(helper, "_run", fail)
+    answer = outside.ask(*queue.LIST)
+    assert answer["code"] == helper.REFUSED and "the helper outside the image failed: UnicodeEnc" in answer["err"]
+    assert "UnicodeEncodeError" in outside.logged(1)[0]["refused"]
+
+
 def test_who_leaves_before_the_answer_does_no_harm(outside: Outside) -> None:
     outside.says("squeue", "#!/bin/bash\nsleep 0.3; head -c 3000000 /dev/zero | tr '\\0' x\n")
     request = {"command": list(queue.LIST), "cwd": "/", "input": ""}
@@ -299,6 +360,27 @@ def test_a_log_that_cannot_be_written_yet_keeps_nobody_from_asking(outside: Outs
     outside.log.rmdir()
     assert outside.ask(*site.QUESTION, cwd="/")["code"] == 0
     assert [line["command"][0] for line in outside.logged(3)] == ["sinfo"] * 3
+
+
+def test_what_was_asked_where_there_is_no_run_folder_is_written_down_all_the_same(
+    outside: Outside, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`doctor`, or `submit --print`: in a file of the user's own, which is no link."""
+    shutil.rmtree(outside.run)
+    monkeypatch.setattr(helper, "ELSEWHERE", str(tmp_path / "log-{}"))
+    outside.ask(*site.QUESTION, cwd="/")
+    outside.ask("scancel", "x" * 100_000, cwd="/")
+    until = time.monotonic() + 10
+    while len(outside.helper._lines) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    outside.helper.close()
+    lines = [json.loads(line) for line in (tmp_path / f"log-{os.getuid()}").read_text().splitlines()]
+    assert [line["code"] for line in lines] == [0, helper.REFUSED]
+    assert len(str(lines[1]["command"])) < 2 * helper.MOST_NOTED
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    outside.helper._lines = ["a line\n"]
+    outside.helper._write(str(tmp_path / "link"))
+    assert not (tmp_path / "elsewhere").exists() and outside.helper._lines
 
 
 def test_a_helper_that_is_closed_leaves_nothing(outside: Outside) -> None:
@@ -376,7 +458,9 @@ def test_the_environment_inside_is_what_is_named() -> None:
     poisoned = {
         "PYTHONPATH": "/broken", "HOME": "/nowhere", "LD_PRELOAD": "/broken.so", "BASH_ENV": "/broken.sh",
         "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "2", "PATH": os.environ["PATH"],
+        "APPTAINERENV_PYTHONPATH": "/broken", "SINGULARITYENV_LD_PRELOAD": "/broken.so", "APPTAINERENV_TERM": "x",
     }  # fmt: skip
+    assert not any(key.startswith("SINGULARITYENV_") for key in helper.environment(poisoned))
     passed = {k: v for k, v in helper.environment(poisoned).items() if k.startswith("APPTAINERENV_")}
     assert passed == {
         "APPTAINERENV_SLURM_JOB_ID": "7", "APPTAINERENV_CUDA_VISIBLE_DEVICES": "1", "APPTAINERENV_OMP_NUM_THREADS": "2"
@@ -386,8 +470,37 @@ def test_the_environment_inside_is_what_is_named() -> None:
 def test_folders_are_bound_once_by_their_own_names() -> None:
     assert helper.outermost(["/a/b", "/a/bc", "/a/b/c/d", "/a/b/", "/x y"]) == ["/a/b", "/a/bc", "/x y"]
     assert helper.inside("/i.sif", ["/a b"], nv=True) == [
-        "apptainer", "--quiet", "exec", "--cleanenv", "--no-home", "--no-eval", "--nv", "--bind", "/a b", "/i.sif"
+        "apptainer", "--quiet", "exec", "--cleanenv", "--no-home", "--no-eval", "--nv", "--mount",
+        'type=bind,"src=/a b","dst=/a b"', "/i.sif",
     ]  # fmt: skip
+
+
+def test_what_a_link_leads_to_is_bound_too(tmp_path: Path) -> None:
+    """`~/scratch` is one on many a cluster; names may have any character."""
+    real, home = tmp_path / 'lr=0.1,bs=64: "a"', tmp_path / "home"
+    (real / "my").mkdir(parents=True)
+    home.mkdir()
+    (home / "scratch").symlink_to(real)
+    words = helper.inside("/i.sif", [str(home), str(home / "scratch" / "my")], nv=False)
+    mounts = [next(csv.reader([word])) for word in words if word.startswith("type=")]
+    assert mounts == [["type=bind", f"src={path}", f"dst={path}"] for path in sorted([str(home), str(real / "my")])]
+    assert helper.existing(str(home / "scratch" / "new" / "run")) == str(home / "scratch")
+
+
+def test_modules_beside_the_helper_or_on_pythonpath_are_not_imported(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "path"):
+        folder.mkdir(exist_ok=True)
+        (folder / "json.py").write_text("raise ImportError('not this one')\n")
+        (folder / "argparse.py").write_text("raise ImportError('not this one')\n")
+    shutil.copy(helper.__file__, tmp_path / "lemonade-hpc")
+    environ = os.environ | {"PYTHONPATH": str(tmp_path / "path")}
+    command = [sys.executable, "lemonade-hpc", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Run lemonade-hpc in its image, from outside." in done.stdout, done.stderr
+
+
+def test_the_data_of_a_run_are_seen_by_test(tmp_path: Path) -> None:
+    assert helper._first(["test", "--root", "/data", "my"]) == helper._first(["test", "my", "--root=/data"]) == "my"
 
 
 def test_without_apptainer_or_an_image_that_is_told(

@@ -208,12 +208,28 @@ def test_too_many_attempts_are_found(run: Path) -> None:
     assert faults(run) == {}  # one crash is within the budget even so: it was the last one allowed
     lost = {"event": "lost", "child": 6, "attempt": "e1a9", "kind": "crash", "reason": "", "done": 0.0}
     header = {"event": "epoch", "retries": 0}
-    assert list(verify._attempts([header, lost])) == []
-    assert list(verify._attempts([header, lost, lost])) == ["child 6 lost 2 attempts to crash; allowed are 1"]
-    assert list(verify._attempts([header, header | {"retries": 1}, lost, lost])) == []
-    workers = [lost | {"kind": "worker"}] * 22
-    assert list(verify._attempts([header, *workers])) == ["child 6 lost 22 attempts to worker; allowed are 21"]
-    assert list(verify._attempts([header, *[lost | {"kind": "stopped"}] * 50])) == []
+
+    def rows(count: int, kind: str, *, how: str | None = None) -> list[dict[str, Any]]:
+        found = []
+        for k in range(count):
+            key = {"child": 6, "attempt": f"a{k}"}
+            found += [{"event": "attempt", "worker": f"w{k}"} | key, lost | key | {"kind": kind}]
+            found += [{"event": "left", "worker": f"w{k}", "how": how, "blame": True}] if how else []
+        return found
+
+    assert list(verify._attempts([header, *rows(1, "crash")])) == []
+    assert list(verify._attempts([header, *rows(2, "crash")])) == ["child 6 lost 2 attempts to crash; allowed are 1"]
+    assert list(verify._attempts([header, header | {"retries": 1}, *rows(2, "crash")])) == []
+    assert list(verify._attempts([header, *rows(22, "worker")])) == [
+        "child 6 lost 22 attempts to worker; allowed are 21"
+    ]
+    assert list(verify._attempts([header, *rows(7, "worker", how="died")])) == [
+        "child 6 lost 7 attempts to death; allowed are 6"
+    ]
+    assert list(verify._attempts([header, *rows(2, "worker", how="out of memory")])) == [
+        "child 6 lost 2 attempts to memory; allowed are 1"
+    ]
+    assert list(verify._attempts([header, *rows(50, "stopped")])) == []
 
 
 @pytest.mark.parametrize("name", ["state/children-000000-000009.e1.h5", "population.e2.h5"])

@@ -59,10 +59,10 @@ class Desk:
         self.trainers.append(doubles.FakeTrainer(self.run, lambda task: self.words.get(task["child"])))
         return self.trainers[-1]
 
-    def open_epoch(self, *, with_mailbox: bool = True) -> None:
+    def open_epoch(self, *, with_mailbox: bool = True, image: str | None = None) -> None:
         loaded = doubles.load(self.run, SETTINGS)
         workers = (NAME,) if with_mailbox else ()
-        journal = lease.open_epoch(self.run, SETTINGS, loaded, workers, take_over=True)
+        journal = lease.open_epoch(self.run, SETTINGS, loaded, workers, take_over=True, image=image)
         journal.close()
         if with_mailbox:
             self.mailbox = LogWriter(self.run / files.assigned_log(journal.epoch, NAME))
@@ -840,3 +840,18 @@ def test_a_worker_whose_job_begins_anew_leaves_without_a_word(desk: Desk) -> Non
     again = Worker(desk.run, NAME, desk._start_trainer)
     assert not again.step()
     assert len(desk.trainers) == 1 and (desk.run / files.done_log(NAME)).read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["code", "image"])
+def test_a_worker_leaves_a_coordinator_of_another_version_or_whose_workers_are_in_another_image(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It would train children otherwise than that one has on record."""
+    desk.send(task(0))
+    assert desk.steps()
+    desk.open_epoch()
+    assert desk.steps(2)
+    if what == "code":
+        monkeypatch.setattr(lease, "__version__", "9.9")
+    desk.open_epoch(image="0123" if what == "image" else None)
+    assert not desk.steps(2) and desk.heard("bye")[0]["reason"] == "given up by a later coordinator"

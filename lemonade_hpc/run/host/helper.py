@@ -9,12 +9,17 @@ run folder, `slurm/helper-*.log`. For `doctor`: what only the host can tell, and
 Standard library of Python 3.6 only: beside Apptainer, it is all that a cluster needs.
 """
 
+import os
+import sys
+
+if __name__ == "__main__" and not sys.flags.isolated:  # neither PYTHONPATH nor a json.py beside it is to be imported
+    os.execv(sys.executable, [sys.executable, "-I", *sys.argv])
+
 import argparse
 import errno
 import getpass
 import hashlib
 import json
-import os
 import platform
 import re
 import shlex
@@ -24,7 +29,6 @@ import socket
 import statistics
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -41,6 +45,8 @@ KEPT = (
 JOBS_OWN = r"SLURM_(?!(CONF|CLUSTERS|JWT|TIME_FORMAT)$).*"
 """Variables that tell a process of the job it is in. What it submits is not to inherit them: srun would take them for
 its options."""
+PASSED_ON = r"(APPTAINER|SINGULARITY)ENV_.*"
+"""Variables of the host that Apptainer would set inside, whatever they are."""
 LOADER = ("LD_LIBRARY_PATH", "LD_PRELOAD")
 """Variables that may lead Apptainer's own tools to a wrong library."""
 WITH_CONFIG = ("search", "submit", "doctor")
@@ -55,6 +61,10 @@ READ_S = 10.0
 RUN_S = {"sbatch": 120.0}
 """How long a command may take; others, OTHERS_S."""
 OTHERS_S = 30.0
+MOST_NOTED, MOST_LINES = 10_000, 10_000
+"""Characters of a line of the log, and lines that are kept until there is a folder for it."""
+ELSEWHERE = "/tmp/lemonade-helper-{}.log"
+"""Of a user: what was asked where there is no run folder."""
 CONNECTIONS = 16
 """Served at a time; others wait."""
 REFUSED, TIMED_OUT, NOT_FOUND = 126, 124, 127
@@ -86,8 +96,11 @@ class Refused(Exception):  # noqa: N818
     """A request that is not granted: says why."""
 
 
-def granted(request: Any, root: str) -> Tuple[List[str], str, str]:
-    """The command, working directory and input of a request; raises Refused. Scripts must lie in the folder `root`."""
+def granted(request: Any, root: Optional[str]) -> Tuple[List[str], str, str]:
+    """The command, working directory and input of a request; raises Refused.
+
+    Scripts must lie in the folder `root`; without one, nothing may be submitted.
+    """
     try:
         command, cwd, text = request["command"], request["cwd"], request["input"]
         told = [*command, cwd, text]
@@ -97,37 +110,47 @@ def granted(request: Any, root: str) -> Tuple[List[str], str, str]:
         raise Refused("command is a list of text, not empty; cwd and input are text")
     if any(not word.isprintable() for word in [*command, cwd]):
         raise Refused("a word has a character that cannot be printed")
+    command, cwd = [os.fsdecode(word.encode()) for word in command], os.fsdecode(cwd.encode())  # in an ASCII locale
     name, words = command[0], command[1:]
     if name not in WORDS:
         raise Refused("{}: allowed are {}".format(name, ", ".join(sorted(WORDS))))
     plain = [word for word in words if not any(re.fullmatch(pattern, word) for pattern in WORDS[name])]
     if name == "sbatch":
-        plain = _without_script(plain, words, root)
+        plain, words = _with_script(plain, words, root)
+    if name == "scancel" and not (words and all(re.fullmatch(JOB, word) for word in words)):
+        if not any(word.startswith("--name=") for word in words):
+            raise Refused("scancel: jobs are named, one by one or by --name")
     if plain:
         raise Refused("{}: {!r} is not among the words it may be given".format(name, plain[0]))
     if text and name != "sbatch":  # without words, scontrol and sacctmgr would carry it out
         raise Refused("{}: only sbatch is given an input".format(name))
-    return command, cwd if os.path.isdir(cwd) else root, text
+    return [name, *words], cwd if os.path.isdir(cwd) else root or "/", text
 
 
-def _without_script(plain: List[str], words: List[str], root: str) -> List[str]:
-    """What is neither an option, nor a script of this run's that comes last, maybe with a word for a coordinator."""
+def _with_script(plain: List[str], words: List[str], root: Optional[str]) -> Tuple[List[str], List[str]]:
+    """What of sbatch's words is not known, and all of them with its script by its real name.
+
+    A script is this run's, and comes last, maybe with a word for a coordinator after it.
+    """
+    end = []  # type: List[str]
     if plain and plain[-1] == words[-1] in BEGINNINGS:
-        plain, words = plain[:-1], words[:-1]
+        plain, words, end = plain[:-1], words[:-1], words[-1:]
     if not plain or plain[-1] != words[-1] or plain[-1].startswith("-"):
         if "--test-only" not in words:
             raise Refused("sbatch: without --test-only, its last word is a script")
-        return plain
+        return plain, words + end
     script = os.path.realpath(plain[-1])
-    if not script.startswith(os.path.realpath(root) + os.sep) or not os.path.isfile(script):
-        raise Refused("sbatch: {} is not a file in {}".format(plain[-1], root))
-    return plain[:-1]
+    if root is None or not os.path.isabs(plain[-1]) or not script.startswith(os.path.realpath(root) + os.sep):
+        raise Refused("sbatch: {} is not the whole path of a file in {}".format(plain[-1], root or "a run folder"))
+    if not os.path.isfile(script):
+        raise Refused("sbatch: {} is not a file".format(plain[-1]))
+    return plain[:-1], [*words[:-1], script, *end]
 
 
 class Helper:
     """Serves requests on a socket that only its owner can open. `log`: a file, made with its first line."""
 
-    def __init__(self, root: str, log: str) -> None:
+    def __init__(self, root: Optional[str], log: str) -> None:
         self._root, self._log = root, log
         self._lines = []  # type: List[str]
         self._lock = threading.Lock()
@@ -141,8 +164,11 @@ class Helper:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def close(self) -> None:
-        """Serve no more."""
+        """Serve no more. Where there was no folder for the log, it is added to one of the user's in /tmp."""
         self._socket.close()
+        with self._lock:
+            if self._lines:
+                self._write(ELSEWHERE.format(os.getuid()))
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _serve(self) -> None:
@@ -156,7 +182,11 @@ class Helper:
                     return
                 time.sleep(0.1)
                 continue
-            threading.Thread(target=self._attend, args=(connection,), daemon=True).start()
+            try:
+                threading.Thread(target=self._attend, args=(connection,), daemon=True).start()
+            except RuntimeError:  # the user has as many processes as may be
+                connection.close()
+                self._free.release()
 
     def _attend(self, connection: socket.socket) -> None:
         began, request, refused = time.time(), None, ""  # type: float, Any, str
@@ -170,6 +200,9 @@ class Helper:
                 except Refused as error:
                     refused = str(error)
                     answer["err"] = "lemonade-hpc: the helper outside the image refuses this: {}\n".format(refused)
+                except Exception as error:  # whatever it is, it is answered and written down
+                    refused = answer["err"] = "lemonade-hpc: the helper outside the image failed: {!r}\n".format(error)
+                connection.settimeout(READ_S)
                 connection.sendall(json.dumps(answer).encode())
         except OSError as error:  # whoever asked has gone
             refused = refused or str(error)
@@ -183,15 +216,25 @@ class Helper:
         """Add a line to the log, once there is a folder for it."""
         told["at"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told["at"]))
         told["s"] = round(told["s"], 3)
+        line = json.dumps(told)
+        if len(line) > MOST_NOTED:
+            line = json.dumps({**told, "command": str(told["command"])[:MOST_NOTED] + "..."})
         with self._lock:
-            self._lines.append(json.dumps(told) + "\n")
+            self._lines = self._lines[-MOST_LINES:] + [line + "\n"]
             if os.path.isdir(os.path.dirname(self._log)):
-                try:
-                    with open(self._log, "a") as log:
-                        log.write("".join(self._lines))
-                    self._lines = []
-                except OSError:  # a full disk must not keep anybody from asking
-                    pass
+                self._write(self._log)
+
+    def _write(self, path: str) -> None:
+        """Add what there is to a file: this user's own, and no link. What cannot be written stays for the next time."""
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                os.write(handle, "".join(self._lines).encode())
+                self._lines = []
+            finally:
+                os.close(handle)
+        except OSError:  # a full disk must not keep anybody from asking
+            pass
 
 
 def _check_peer(connection: socket.socket) -> None:
@@ -226,13 +269,15 @@ def _run(command: List[str], cwd: str, text: str) -> Dict[str, Any]:
     limit, pipe = RUN_S.get(command[0], OTHERS_S), subprocess.PIPE
     environ = dict(outside_a_job(os.environ), SLURM_BITSTR_LEN="0")
     try:
-        process = subprocess.Popen(command, cwd=cwd, env=environ, stdin=pipe, stdout=pipe, stderr=pipe)
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+        )
     except OSError as error:
         return {"code": NOT_FOUND, "out": "", "err": "{}: {}\n".format(command[0], error.strerror)}
     try:
         out, err = process.communicate(text.encode(errors="replace"), limit)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # a site may have put a script around it
         process.communicate()
         return {"code": TIMED_OUT, "out": "", "err": "{}: timed out after {:g} s\n".format(command[0], limit)}
     return {"code": process.returncode, "out": out.decode(errors="replace"), "err": err.decode(errors="replace")}
@@ -256,19 +301,24 @@ def outermost(folders: Iterable[str]) -> List[str]:
 
 
 def inside(image: str, binds: Iterable[str], nv: Optional[bool] = None) -> List[str]:
-    """The words that start a command in the image, in the same working directory."""
+    """The words that start a command in the image, in the same working directory.
+
+    What is bound is seen by its own name, and by the one that links on the way to it lead to.
+    """
     words = ["apptainer", "--quiet", "exec", "--cleanenv", "--no-home", "--no-eval"]
     if nv or (nv is None and os.path.exists(DEVICE)):
         words.append("--nv")
-    for folder in outermost(binds):
-        words += ["--bind", folder]
+    for folder in outermost(path for name in binds for path in (name, os.path.realpath(name))):
+        quoted = folder.replace('"', '""')
+        words += ["--mount", 'type=bind,"src={0}","dst={0}"'.format(quoted)]
     return [*words, image]
 
 
 def environment(environ: Mapping[str, str]) -> Dict[str, str]:
     """Variables for Apptainer, which passes on those that begin with APPTAINERENV_."""
     kept = {"APPTAINERENV_" + key: value for key, value in environ.items() if re.fullmatch(KEPT, key)}
-    others = {key: value for key, value in environ.items() if key not in LOADER or not _starts_without_loader(environ)}
+    dropped = LOADER if any(key in environ for key in LOADER) and _starts_without_loader(environ) else ()
+    others = {key: value for key, value in environ.items() if key not in dropped and not re.fullmatch(PASSED_ON, key)}
     return {**others, **kept}
 
 
@@ -294,9 +344,11 @@ def run_folder(words: List[str]) -> str:
 
 
 def _first(words: List[str]) -> Optional[str]:
-    """The first word after the command that is neither an option nor the value of --run."""
+    """The first word after the command that is neither an option nor the value of one."""
     places = range(1, len(words))
-    return next((words[k] for k in places if not words[k].startswith("-") and words[k - 1] != "--run"), None)
+    return next(
+        (words[k] for k in places if not words[k].startswith("-") and words[k - 1] not in ("--run", "--root")), None
+    )
 
 
 def existing(path: str) -> str:
@@ -309,15 +361,17 @@ def existing(path: str) -> str:
 
 def _folders(image: str, words: List[str], environ: Dict[str, str]) -> List[str]:
     """Folders that a command needs: those of the paths on its command line, and what its configuration names."""
-    named = [os.getcwd(), run_folder(words), *(word for word in words[1:] if os.path.exists(word))]
+    given = [word.partition("=")[2] if word.startswith("--root=") else word for word in words[1:]]
+    named = [os.getcwd(), run_folder(words), *filter(os.path.exists, given)]
     folders = [folder for folder in map(existing, named) if folder != "/"]
     config = _first(words)
-    if words[0] in WITH_CONFIG and config is not None:
+    if words[0] in (*WITH_CONFIG, "test") and config is not None:
         ask = [*inside(image, folders), "python3", "-m", "lemonade_hpc.run.container", config]
         done = subprocess.run(ask, env=environ, stdout=subprocess.PIPE)
         if done.returncode:
             sys.exit(done.returncode)
-        folders += filter(os.path.exists, json.loads(done.stdout.decode()))
+        asked = (os.fsdecode(folder.encode()) for folder in json.loads(done.stdout.decode()))
+        folders += filter(os.path.exists, asked)
     return folders
 
 
@@ -448,10 +502,6 @@ def _bound(image: str, folders: List[str], environ: Dict[str, str], nv: Optional
         fix = "make that folder, or correct its name: --bind, container.binds, data.root"
         return check(name, FAIL, "no such folder: {}".format(", ".join(missing)), fix)
     wanted = outermost(folder for folder in folders if folder != "/")
-    apart = [folder for folder in wanted if set(",:") & set(folder)]
-    if apart:
-        fix = "work in a folder that has neither in its name: --run, container.binds"
-        return check(name, FAIL, "a comma or a colon cannot be bound: {}".format(", ".join(apart)), fix)
     _, out, err, _ = _timed([*inside(image, wanted, nv), "stat", "-L", "-c", "%d %i %n", *wanted], environ)
     outside = {folder: "{0.st_dev} {0.st_ino} {1}".format(os.stat(folder), folder) for folder in wanted}
     other = [folder for folder in wanted if outside[folder] not in out.splitlines()]
@@ -511,7 +561,8 @@ def main(arguments: List[str]) -> int:
     if not os.access(image, os.R_OK):
         sys.exit("error: no image that can be read: {}; name one by --image or LEMONADE_IMAGE".format(image))
     folders = [image, *given.bind, *_folders(image, words, environ)]
-    helper = Helper(run, os.path.join(run, "slurm", "helper-{}-{}.log".format(socket.gethostname(), os.getpid())))
+    log = os.path.join(run, "slurm", "helper-{}-{}.log".format(socket.gethostname(), os.getpid()))
+    helper = Helper(run if words[0] in WITH_CONFIG else None, log)
     try:
         folders.append(helper.folder)
         seen = {"APPTAINERENV_" + SOCKET: helper.path, "APPTAINERENV_PREPEND_PATH": SHIMS, **told}

@@ -28,7 +28,8 @@ def main() -> int:
             with helper.makefile("rb") as told:
                 answer = json.loads(told.read())
     except (KeyError, OSError, ValueError) as error:
-        print(f"{name}: nothing outside the image answers ({type(error).__name__}: {error})", file=sys.stderr)
+        why = f"nothing outside the image answers: the helper has gone ({type(error).__name__})"
+        print(f"{name}: {why}", file=sys.stderr)
         return NO_HELPER
     sys.stdout.write(answer["out"])
     sys.stderr.write(answer["err"])
