@@ -167,7 +167,7 @@ def test_a_job_submits_its_successor_and_cancels_it_only_at_an_end(
 ) -> None:
     session.submit(settings(), run)
     (commands.folder / "calls").unlink()
-    script = (run / "slurm/coordinator.sbatch").read_text()
+    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
     start = script.index(sys.executable)
     changed = script.replace(script[start : script.index(" &\n", start)], f"bash -c 'exit {code}'")
     done = subprocess.run(["bash", "-c", changed], capture_output=True, check=False)
@@ -182,7 +182,7 @@ def test_a_job_knows_whether_a_person_has_submitted_it(
 ) -> None:
     session.submit(settings(), run)
     assert commands.calls("sbatch")[-1].endswith("coordinator.sbatch first")
-    script = (run / "slurm/coordinator.sbatch").read_text()
+    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
     start = script.index(sys.executable)
     changed = script.replace(script[start : script.index(" &\n", start)], f"echo ${chain.LINK}")
     done = subprocess.run(["bash", "-c", changed, "name", *words], capture_output=True, text=True, check=False)
@@ -203,9 +203,9 @@ def test_a_job_submits_its_successor_until_there_is_one(
     commands.say("squeue", queued)
     if refused:
         commands.fail("sbatch", "sbatch: error: Socket timed out on send/recv operation\n")
-    script = (run / "slurm/coordinator.sbatch").read_text()
+    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
     start = script.index(sys.executable)
-    changed = script.replace(script[start : script.index(" &\n", start)], "sleep 1").replace("sleep 60", "sleep 0.1")
+    changed = script.replace(script[start : script.index(" &\n", start)], "sleep 1")
     environment = os.environ | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
     done = subprocess.run(["bash", "-c", changed], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0
@@ -217,12 +217,11 @@ def test_a_job_submits_its_successor_until_there_is_one(
 def test_signals_reach_the_coordinator_and_the_job_waits_for_it(run: Path, commands: Commands) -> None:
     """Twice, as Slurm does; its exit code is the job's."""
     session.submit(settings(), run)
-    script = (run / "slurm/coordinator.sbatch").read_text()
+    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
     start = script.index(sys.executable)
     program = "import signal, sys, time; n = []; signal.signal(signal.SIGUSR1, lambda *a: n.append(1)); print('up')"
     program += "\nwhile not n: time.sleep(0.01)\ntime.sleep(0.5); sys.exit(3)"
     changed = script.replace(script[start : script.index(" &\n", start)], f'{sys.executable} -u -c "{program}"')
-    changed = changed.replace("sleep 60", "true")
     with subprocess.Popen(["bash", "-c", changed], stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None
         while job.stdout.readline().strip() != "up":
@@ -349,11 +348,11 @@ def test_a_link_waits_for_a_coordinator_that_still_lives(
 def test_a_chain_whose_coordinators_end_before_they_begin_ends(run: Path, commands: Commands) -> None:
     """Out of memory while they read the data, say, or while numpy is imported: no record tells of them."""
     session.submit(settings(), run)
-    script = (run / "slurm/coordinator.sbatch").read_text()
+    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
     start = script.index(sys.executable)
 
     def job(number: int, command: str) -> subprocess.CompletedProcess[str]:
-        text = script.replace(script[start : script.index(" &\n", start)], command).replace("sleep 60", "true")
+        text = script.replace(script[start : script.index(" &\n", start)], command)
         environ = os.environ | {"SLURM_JOB_ID": str(number)}
         return subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, env=environ)
 
