@@ -28,7 +28,7 @@ from runs import config  # noqa: E402
 
 from slurm import PACKAGE, Slurm, cluster, wait_for  # noqa: E402
 
-SLURM_FOLDER = PACKAGE / "slurm"
+SCRIPT = Path(__file__).parents[2] / "slurm" / "coordinator.sbatch"
 HELPER = ("python3", "lemonade-hpc")
 
 
@@ -161,7 +161,7 @@ def test_doctor_then_sbatch_and_the_front_is_there(site: Site, home: Path, expec
     checks = {check["check"]: check for check in json.loads(out)}
     assert code == 0 and {check["state"] for check in checks.values()} == {"ok"}, out + err
     assert not (home / "my").exists()
-    shutil.copy(SLURM_FOLDER / "coordinator.sbatch", home)
+    shutil.copy(SCRIPT, home)
     code, out, err = site.run(home, "sbatch", "--parsable", "coordinator.sbatch", "my.yaml")
     assert code == 0, err
     log = home / f"lemonade-submit-{out.strip()}.log"
@@ -271,10 +271,10 @@ def poison(site: Site, home: Path) -> dict[str, str]:
     user = Path(site.user.pw_dir) / ".local/lib/python3.11/site-packages"
     shutil.copytree(broken, user, dirs_exist_ok=True)
     (broken / "libstdc++.so.6").write_bytes(b"no library")
-    (broken / "rc").write_text("echo from BASH_ENV; exit 1\n")
     return {
         "PYTHONPATH": str(broken), "LD_LIBRARY_PATH": str(broken), "HOME": "/home/of/nobody", "PYTHONSTARTUP": "/none",
-        "PYTHONHOME": "", "XDG_CACHE_HOME": "/proc", "MPLCONFIGDIR": "/proc", "TMPDIR": "/tmp",
+        "XDG_CACHE_HOME": "/proc", "MPLCONFIGDIR": "/proc", "APPTAINERENV_PYTHONPATH": str(broken),
+        "SINGULARITYENV_LD_PRELOAD": str(broken / "libstdc++.so.6"),
     }  # fmt: skip
 
 

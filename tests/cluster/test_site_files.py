@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from runs import lemonade  # noqa: E402
 
-from slurm import PACKAGE, USER, Slurm  # noqa: E402
+from slurm import USER, Slurm  # noqa: E402
 
-FILES = sorted((PACKAGE / "slurm" / "sites").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "slurm" / "sites").glob("*.yaml"))
 SITE = {
     "max_array": 10,
     "gpu": "a100",
