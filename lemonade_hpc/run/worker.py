@@ -238,6 +238,9 @@ class Worker:
             if reason is not None:
                 for message in self._trainer.poll():
                     self._hear(message)
+                if self.signalled:  # what ended it is the signal's doing: it may also have hit the image's file system
+                    self._drop_trainer()
+                    return
                 if not self._ready:
                     self._say("unfit", reason=reason)
                     self._unfit = True

@@ -855,3 +855,19 @@ def test_a_worker_leaves_a_coordinator_of_another_version_or_whose_workers_are_i
         monkeypatch.setattr(lease, "__version__", "9.9")
     desk.open_epoch(image="0123" if what == "image" else None)
     assert not desk.steps(2) and desk.heard("bye")[0]["reason"] == "given up by a later coordinator"
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_trainer_that_dies_with_the_signal_to_its_worker_is_at_no_fault(desk: Desk, ready: bool) -> None:
+    """Slurm sends it to the process that has mounted the image too, and then what is not in memory cannot be read."""
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    assert desk.steps()
+    if not ready:
+        desk.worker._ready = False
+    desk.worker.signalled = True
+    desk.trainers[0].death = "killed by SIGBUS"
+    assert not desk.steps(3)
+    said = desk.heard()
+    assert [message["say"] for message in said if message["say"] in ("crashed", "unfit", "bye")] == ["bye"]
+    assert said[-1]["reason"] == worker.SIGNALLED
