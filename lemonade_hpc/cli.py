@@ -71,6 +71,7 @@ def search(
 
         from lemonade_hpc.run import session
         from lemonade_hpc.run.coordinator import Stopped, Superseded
+        from lemonade_hpc.run.ledger import Halted
         from lemonade_hpc.view import tables
         from lemonade_hpc.view.progress import ProgressView
 
@@ -79,22 +80,25 @@ def search(
             with ProgressView(tables.console(stderr=True)) as view:
                 session.search(settings, folder, view, take_over=take_over)
         except Stopped as stop:
-            typer.echo(
-                f"{stop}." if isinstance(stop, Superseded) else f"{stop}. {_how_to_go_on(source, run)}", err=True
-            )
+            follows = "" if isinstance(stop, Superseded) else f" {_how_to_go_on(source, run, isinstance(stop, Halted))}"
+            typer.echo(f"{stop}.{follows}", err=True)
             raise typer.Exit(STOPPED) from None
     except KeyboardInterrupt:
-        typer.echo(f"interrupted. {_how_to_go_on(source, run)}", err=True)
+        typer.echo(f"interrupted. {_how_to_go_on(source, run, False)}", err=True)
         raise typer.Exit(STOPPED) from None
     _show_result(folder)
 
 
-def _how_to_go_on(source: str, run: Path | None) -> str:
+def _how_to_go_on(source: str, run: Path | None, halted: bool) -> str:
     from lemonade_hpc.run import chain
 
-    command = "submit" if chain.is_link() else "search"
-    words = ["lemonade-hpc", command, source, *(["--run", str(run)] if run is not None else [])]
-    return f"Nothing is lost. To go on: {shlex.join(words)}"
+    folder = ["--run", str(run)] if run is not None else []
+    if not chain.is_link():
+        return f"Nothing is lost. To go on: {shlex.join(['lemonade-hpc', 'search', source, *folder])}"
+    if halted:
+        return f"Nothing is lost. To go on: lemonade-hpc submit, with your YAML file, {shlex.join(folder)}"
+    cancel = shlex.join(["lemonade-hpc", "cancel", *folder[1:]])
+    return f"Nothing is lost: the next coordinator, which is in the queue, goes on. To end that: {cancel}"
 
 
 @app.command()

@@ -188,7 +188,9 @@ class Cluster(_Section):
         1440, description="slurm: time limit of one job of a coordinator that is submitted"
     )
     coordinator_mem_gb: Annotated[Real, Field(gt=0)] = Field(4.0, description="slurm: its memory")
-    coordinator_partition: str | None = Field(None, description="slurm: its partition; it needs no GPU")
+    coordinator_partition: str | None = Field(
+        None, description="slurm: its partition, else the site's default; it needs no GPU"
+    )
     coordinator_extra: dict[str, str | int | bool] = Field({}, description="slurm: further options of its sbatch")
     skip: Annotated[tuple[Literal["cpus-per-task", "mem", "gres", "no-requeue"], ...], Field(strict=False)] = Field(
         (), description="slurm: options that the site does not take, of cpus-per-task, mem, gres, no-requeue"

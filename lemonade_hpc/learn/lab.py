@@ -15,7 +15,7 @@ import torch
 
 from lemonade_hpc import __version__, files
 from lemonade_hpc import data as data_sets
-from lemonade_hpc.config import Config, ConfigError, Data, from_dict
+from lemonade_hpc.config import Cluster, Config, ConfigError, Data, from_dict
 from lemonade_hpc.learn.training import Images, place
 from lemonade_hpc.search.ops import Signature
 
@@ -45,7 +45,7 @@ def open_lab(run: Path, owner: Path) -> Lab:
     _same_code(epoch["code"])
     config = from_dict(epoch["config"], str(owner))
     data = _load(config.data, identity["data"]["checksum"])
-    device = _device(config.cluster.device)
+    device = _device(config.cluster)
     deterministic = bool(config.training.deterministic)
     torch.set_num_threads(1 if deterministic else config.cluster.cpus_per_worker)
     _forbid_chance(deterministic)
@@ -91,10 +91,19 @@ def _forbid_chance(forbid: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
+def _device(cluster: Cluster) -> torch.device:
+    """What to compute on; raises ConfigError where a GPU is to be had, or was asked of Slurm, and cannot be used."""
+    wanted = cluster.device
+    if wanted == "cpu" or torch.cuda.is_available():
+        return torch.device("cpu" if wanted == "cpu" else "cuda")
+    if wanted == "cuda":
         raise ConfigError("cluster.device: cuda, but this machine has no usable GPU; allowed: auto, cpu, cuda")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if cluster.backend == "slurm" and cluster.gpus and (cluster.gres is None or "gpu" in cluster.gres):
+        raise ConfigError(
+            f"this worker's job has a GPU, and torch {torch.__version__} cannot use it on {_here()} (nvidia-smi shows "
+            f"the driver; is a module missing in cluster.setup?). To train without: cluster: {{device: cpu}}"
+        )
+    return torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:

@@ -38,7 +38,10 @@ def stop(run: Path) -> str:
         done = _end_chain(run, run_id)
         if owned is not None and owned["config"]["cluster"]["backend"] == "slurm":
             done += _cancel_jobs(run_id, "PENDING")
-        what = "no coordinator is at work; workers, if any, end what they have and leave"
+        what = (
+            "no coordinator is at work; workers, if any, end what they have, and leave when they have waited for "
+            "cluster.idle_exit_min; `cancel` ends them at once"
+        )
     return "".join(f"{job} is cancelled; " for job in done) + what
 
 

@@ -55,6 +55,8 @@ class Coordinator:
         """Why it leaves a run that is not complete."""
         self.halted = False
         """Whether nobody may go on by himself after it."""
+        self.failed = False
+        """Whether it leaves because the run cannot go on: its workers have nothing to wait for."""
         self._ledger = Ledger(run, history, journal)
         self._crew = Crew(config.cluster, self._ledger, backend, observer)
         self._backend, self._observer = backend, observer
@@ -351,6 +353,11 @@ class Coordinator:
 
     # ------------------------------------------------------------ the end
 
+    @property
+    def num_workers(self) -> int:
+        """How many workers there are that it knows of."""
+        return len(self._crew.handles)
+
     def close(self) -> None:
         """Leave in good order: workers that end with this session are stopped, what they still report is committed.
 
@@ -361,7 +368,7 @@ class Coordinator:
         with contextlib.suppress(Superseded):
             self._ledger.check()
             alone = not self._may_be_followed()
-            if not self._backend.lasting or self.history.complete is not None:
+            if not self._backend.lasting or self.history.complete is not None or self.failed:
                 self._crew.stop()
             with contextlib.suppress(OSError, RunFailed):
                 self._commit()

@@ -175,6 +175,11 @@ def _gpu(config: Config, folder: Path, site: Site) -> Iterator[Check]:
         yield Check(name, OK, "none is asked for")
     elif needed and config.container.nv is False:
         yield Check(name, FAIL, "container.nv is false: workers see no GPU", "container: {nv: true}, or leave nv out")
+    elif not site.gpu and needed and os.environ.get("SLURM_JOB_GPUS"):
+        fix = "ask the site why: a job that was given a GPU does not find its device"
+        yield Check(
+            name, FAIL, f"this job has GPU {os.environ['SLURM_JOB_GPUS']}, but there is no {helper.DEVICE}", fix
+        )
     elif not site.gpu:
         seen = f"this machine has none ({helper.DEVICE})"
         yield Check(name, WARN, f"{seen}: not tried", _where(cluster)) if needed else Check(name, OK, seen)

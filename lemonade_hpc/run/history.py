@@ -149,6 +149,8 @@ class History:
         self.strikes: dict[str, set[str]] = {}
         """By node: children that crashed there and nowhere else, and workers that could not work there, since the last
         child that was trained there."""
+        self.last_fault: str | None = None
+        """Why the last worker came to grief, since the last child that was trained."""
         self.fruitful: set[str] = set()
         """Nodes where a child has been trained."""
         self.excluded: dict[str, str] = {}
@@ -233,6 +235,7 @@ class History:
         self.usage.busy += event["busy_s"] * max(worker.gpus, 1)
         node = worker.node or event.get("node")
         if event["fault"]:
+            self.last_fault = event["fault"]
             struck = self._died_under(event["worker"], event["how"]) if event.get("blame") else set()
             struck = struck or {f"worker {event['worker']}"}
             if node is not None:
@@ -277,6 +280,7 @@ class History:
             self._initial_told(told)
         for attempt in self.attempts.pop(number):
             if attempt.id == outcome["attempt"] and "failure" not in outcome and attempt.node is not None:
+                self.last_fault = None
                 self.fruitful.add(attempt.node)
                 self.strikes.pop(attempt.node, None)
         self.wall_s += outcome.get("wall_s", 0.0)

@@ -6,6 +6,7 @@ session. The same call starts, recovers and resumes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -90,6 +91,9 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
                 coordinator.search()
             except (Stopped, RunFailed) as error:
                 coordinator.why, coordinator.halted = str(error), isinstance(error, Halted)
+                coordinator.failed = isinstance(error, RunFailed)
+                if isinstance(error, Stopped) and not chain.is_link():
+                    _tell_who_goes_on(coordinator, config, run, observer)
                 raise
             finally:
                 coordinator.close()
@@ -107,16 +111,37 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     return history
 
 
+def _tell_who_goes_on(coordinator: Coordinator, config: Config, run: Path, observer: Observer) -> None:
+    """Somebody who stops a search at the terminal may think that this is all."""
+    if config.cluster.backend == "slurm" and coordinator.num_workers:
+        observer.note(
+            f"{coordinator.num_workers} workers go on: they end what they have, and leave when they have waited for "
+            f"{config.cluster.idle_exit_min:g} minutes; lemonade-hpc cancel {run} ends them at once"
+        )
+
+
 def submit(config: Config, run: Path, *, take_over: bool = False) -> str:
     """Check everything, as `search` does, and submit the run's coordinator as a job; its id. Raises ConfigError."""
     config, data = _to_submit(config)
     _check_backend(config)
     slurm.check_script(chain.script(config, run, chain.job_name("check")), "the coordinator's job")
     image = container.read(config)
-    _prepare(config, data, run, image)
+    fixed = _prepare(config, data, run, image)
     lease.check_free(run, take_over=take_over)
+    _refuse_to_wait_for_nothing(run, fixed)
     _same_image(config, run, image, lambda text: None)
     return chain.begin(config, run, take_over=take_over)
+
+
+def _refuse_to_wait_for_nothing(run: Path, fixed: Problem) -> None:
+    """Raise ConfigError for a run that has nothing left to do, or never will: its job might wait for hours."""
+    with contextlib.suppress(RecordError):  # it may be seen late; its coordinator will find out
+        loaded = record.load(run, fixed)
+        state = loaded.history.state
+        if _nothing_to_do(run, loaded):
+            raise ConfigError(f"{run}: is complete, {state.num_committed} children; raise search.children to go on")
+        if state.num_asks and not state.members and not state.in_flight:
+            raise ConfigError(f"{run}: no initial network is valid; mend the cause and give another --run folder")
 
 
 def submission(config: Config, run: Path) -> tuple[str, str]:

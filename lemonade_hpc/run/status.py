@@ -105,6 +105,7 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
         "stopping": running and (run / files.stop_order(numbers[-1])).stat().st_size > 0,
         "coordinators": None if coordinators is None else others,
         "log": str(logs[-1]) if logs else None,
+        "log_ends": _last_line(logs[-1]) if logs else None,
         "warnings": list(loaded.warnings),
         "data": {
             "name": content["config"]["data"]["name"],
@@ -121,6 +122,7 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
         "proposals_redrawn": vars(state.redrawn),
         "attempts_lost": dict(history.num_lost),
         "workers_left": dict(history.departures),
+        "last_fault": history.last_fault,
         "nodes_excluded": dict(history.excluded),
         "usage": _usage(history, workers),
         "training_s": round(history.wall_s, 1),
@@ -129,6 +131,14 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
         "workers": workers,
         "failures": [{"child": o["child"], **o["failure"]} for o in history.failures[-NUM_FAILURES:]],
     }
+
+
+def _last_line(log: Path) -> str:
+    """What a log ends with, of its last kilobytes."""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else ""
 
 
 def children(history: History, run: Path) -> list[dict[str, Any]]:

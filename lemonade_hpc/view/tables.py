@@ -178,6 +178,7 @@ def _life_text(data: Mapping[str, Any]) -> str:
     else:
         follows = "; the same command goes on" if state == "stopped" else ""
     log = f"\nthe last log of a submitted coordinator: {data['log']}" if data["log"] and not why else ""
+    log += f"\nit ends: {data['log_ends']}" if log and data["log_ends"] else ""
     return f"{state}{why}{follows}{log}"
 
 
@@ -199,6 +200,8 @@ def status_view(data: Mapping[str, Any], num_validation: int) -> RenderableType:
         parts.append(Text("attempts lost: " + ", ".join(f"{LOSSES[kind]} {count}" for kind, count in lost.items())))
     if data["workers_left"]:
         parts.append(Text("workers left: " + ", ".join(f"{how} {n}" for how, n in data["workers_left"].items())))
+    if data["last_fault"]:
+        parts.append(Text(f"since the last child that was trained: {data['last_fault']}", style="red"))
     parts.append(Text(usage_text(data["usage"])))
     parts += [Text(f"node {node} is excluded: {why}", style="yellow") for node, why in data["nodes_excluded"].items()]
     parts += [Text(f"warning: {text}", style="yellow") for text in data["warnings"]]

@@ -341,6 +341,24 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.
         child.open_lab(*make_run(tmp_path, cluster={"device": "cuda"}))
 
 
+def test_a_gpu_that_slurm_has_given_and_torch_cannot_use_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be paid for, and not used."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given: list[tuple[dict[str, Any], bool]] = [
+        ({}, True), ({"gres": "gpu:a100:1"}, True), ({"gres": "fpga:1"}, False), ({"gpus_per_worker": 0}, False),
+        ({"device": "cpu", "gpus_per_worker": 1}, False), ({"backend": "local"}, False),
+    ]  # fmt: skip
+    for number, (asked, refused) in enumerate(given):
+        run = make_run(tmp_path / str(number), cluster={"backend": "slurm"} | asked)
+        if refused:
+            with pytest.raises(ConfigError, match=r"job has a GPU, and torch .* cannot use it.*device: cpu"):
+                child.open_lab(*run)
+        else:
+            assert child.open_lab(*run).device.type == "cpu"
+
+
 # ---------------------------------------------------------------- the process
 
 

@@ -530,6 +530,20 @@ def test_what_sbatch_says_of_a_coordinators_job(run: Path, commands: Commands) -
         chain.begin(settings(), run)
 
 
+def test_a_run_with_nothing_left_to_do_is_not_submitted(run: Path, commands: Commands) -> None:
+    """The job would wait in the queue for hours to say so."""
+    doubles.search(run, settings(stale_s=0), backend=doubles.FakeBackend(run))
+    with pytest.raises(ConfigError, match="is complete, 21 children; raise search.children to go on"):
+        session.submit(settings(stale_s=0), run)
+    more = doubles.config(search={"children": 24}, cluster={"backend": "slurm", "workers": 2, "stale_s": 0})
+    assert session.submit(more, run) == "4711"
+    failed = run.with_name("failed")
+    with pytest.raises(RunFailed):
+        doubles.search(failed, settings(stale_s=0), backend=doubles.FakeBackend(failed, lambda task: "fail"))
+    with pytest.raises(ConfigError, match="no initial network is valid; mend the cause and give another --run folder"):
+        session.submit(settings(stale_s=0), failed)
+
+
 @pytest.mark.parametrize("name", ['a"b', "50%", "a\\b", "a\nb"])
 def test_a_folder_that_no_batch_script_can_name_is_refused(run: Path, commands: Commands, name: str) -> None:
     with pytest.raises(ConfigError, match="sbatch takes no folder with one of"):

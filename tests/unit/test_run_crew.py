@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import backends, budgets, chain, coordinator, crew, status
+from lemonade_hpc.run import backends, budgets, chain, coordinator, crew, session, status
 from lemonade_hpc.run.backends import NotNow
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.handle import WorkerHandle
@@ -628,6 +628,51 @@ def test_a_signal_does_not_undo_a_stop(run: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(Halted, match="stopped by `lemonade-hpc stop`"):
             doubles.search(run, settings(children=60))
     assert doubles.search(run, settings(children=60)).state.complete
+
+
+def test_a_run_that_has_failed_keeps_no_workers(run: Path) -> None:
+    """They would wait for ten minutes, each with a GPU."""
+    backend = FakeCluster(run, lambda node, task: "fail")
+    with pytest.raises(RunFailed, match="no initial network is valid"):
+        doubles.search(run, settings(), backend=backend)
+    assert not backend.workers and doubles.load(run, settings()).history.workers == {}
+
+
+def test_who_stops_a_search_at_the_terminal_is_told_of_the_workers_that_go_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = doubles.config(cluster={"backend": "slurm", "workers": WORKERS, "stale_s": 0})
+    monkeypatch.setattr(session, "_check_backend", lambda config: None)
+    backend, notes = FakeCluster(run, lambda node, task: "long"), doubles.Notes()
+    turn = coordinator.Coordinator._turn
+
+    def interrupted(self: coordinator.Coordinator) -> None:
+        turn(self)
+        if len([one for one in self._crew.handles.values() if one.present]) == WORKERS:
+            self.stop_signal = 2
+
+    monkeypatch.setattr(coordinator.Coordinator, "_turn", interrupted)
+    for link in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped by SIGINT"):
+            if link:
+                patch.setenv(chain.LINK, "next")
+            doubles.search(run, chosen, backend=backend, notes=notes)
+    (note,) = notes.about("3 workers go on: they end what they have, and leave when they have waited for 10 minutes")
+    assert note.endswith(f"lemonade-hpc cancel {run} ends them at once")
+
+
+def test_the_status_says_why_workers_come_to_grief_until_a_child_is_trained(run: Path) -> None:
+    made = doubles.start(run, settings(), backend := FakeCluster(run, lambda node, task: "long"))
+    made._turn()
+    made._turn()
+    backend.die("e1w00")
+    for _ in range(3):
+        made._turn()
+    assert status.status(run)["last_fault"] == "worker e1w00 died: on n0"
+    made._crew.close()
+    made._ledger.close()
+    doubles.search(run, settings())
+    assert status.status(run)["last_fault"] is None
 
 
 def test_a_coordinator_that_must_leave_does_not_ask_slurm(run: Path) -> None:

@@ -375,8 +375,8 @@ def test_what_was_asked_where_there_is_no_run_folder_is_written_down_all_the_sam
         time.sleep(0.01)
     outside.helper.close()
     lines = [json.loads(line) for line in (tmp_path / f"log-{os.getuid()}").read_text().splitlines()]
-    assert [line["code"] for line in lines] == [0, helper.REFUSED]
-    assert len(str(lines[1]["command"])) < 2 * helper.MOST_NOTED
+    assert sorted(line["code"] for line in lines) == [0, helper.REFUSED]  # each is written once it is answered
+    assert max(len(str(line["command"])) for line in lines) < 2 * helper.MOST_NOTED
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     outside.helper._lines = ["a line\n"]
     outside.helper._write(str(tmp_path / "link"))

@@ -191,6 +191,8 @@ def told(**changed):
         },
         "attempts_lost": {"crash": 0, "walltime": 0, "worker": 0, "stopped": 0},
         "workers_left": {},
+        "last_fault": None,
+        "log_ends": "",
         "nodes_excluded": {},
         "usage": {"unit": "GPU-hours", "spent": 12.345, "wasted": 0.25, "idle": 0.0},
         "training_s": history.wall_s,
@@ -280,10 +282,12 @@ def test_a_worker_that_the_queue_does_not_know_is_told_where_it_was_asked():
         ),
         ({"state": "running: job 8", "coordinators": [job("8", "RUNNING"), job("9")]}, ["running: job 8"]),
         (
-            {"state": "stopped", "coordinators": [job("9", why="Priority")], "log": "run/slurm/coordinator-8.log"},
+            {"state": "stopped", "coordinators": [job("9", why="Priority")], "log": "run/slurm/coordinator-8.log",
+             "log_ends": "no such module"},
             [
                 "stopped; a coordinator waits in the queue: job 9 (Priority)",
                 "the last log of a submitted coordinator: run/slurm/coordinator-8.log",
+                "it ends: no such module",
             ],
         ),
         ({"state": "not started", "coordinators": [job("10"), job("9", "RUNNING")]},
@@ -297,6 +301,12 @@ def test_a_worker_that_the_queue_does_not_know_is_told_where_it_was_asked():
 def test_the_status_tells_who_goes_on(changed, expected):
     lines = shown(tables.status_view(told(**changed), 350))
     assert lines[: len(expected)] == expected and lines[len(expected)].startswith("digits: ")
+
+
+def test_the_status_tells_why_workers_come_to_grief():
+    lines = shown(tables.status_view(told(workers_left={"died": 8}, last_fault="worker e1w04 died: no module"), 350))
+    at = lines.index("workers left: died 8")
+    assert lines[at + 1] == "since the last child that was trained: worker e1w04 died: no module"
 
 
 def test_checks_show_what_they_found_brackets_included():
