@@ -91,7 +91,7 @@ def _end_chain(run: Path, run_id: str, sparing: str | None = None) -> list[str]:
             raise ConfigError(f"scancel failed for job {', '.join(new)}, a coordinator; try again later")
         ended += new
         time.sleep(POLL_JOB_S)
-    return [f"job {job} (a coordinator that waited)" for job in ended]
+    return [f"job {job} (a coordinator in the queue)" for job in ended]
 
 
 def _end_coordinator(who: dict[str, Any]) -> list[str]:

@@ -138,8 +138,12 @@ def summary(data: Mapping[str, Any]) -> str:
     """Write three lines on a run, `run.status.status` as given: data, children and hypervolume."""
     children, images = data["children"], data["data"]
     total = max(children["budget"] + children["initial"], children["asked"])
-    waiting = "in flight" if data["state"].startswith("running") else "still to be trained"
-    open_ = f", {children['in_flight']} {waiting}" if children["in_flight"] else ""
+    training = sum(str(worker["doing"]).startswith("child ") for worker in data["workers"])
+    asked, open_ = children["in_flight"], ""
+    if asked and data["state"].startswith("running"):
+        open_ = f", {min(training, asked)} in training, {max(asked - training, 0)} asked and waiting"
+    elif asked:
+        open_ = f", {asked} asked and not done"
     return (
         f"{images['name']}: {images['num_train']:,} images to train on, {images['num_validation']:,} for validation, "
         f"{images['num_test']:,} for test\n{children['committed']} of {total} children done "

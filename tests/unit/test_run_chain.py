@@ -124,7 +124,10 @@ def test_a_coordinator_that_slurm_would_refuse_is_told_before_anything_is_writte
 ) -> None:
     fails = 'grep -q "partition=nosuch" && { echo "sbatch: error: invalid partition specified: nosuch" >&2; exit 1; }'
     (commands.folder / "sbatch").write_text(f"#!/bin/bash\n{fails}\nexit 0\n")
-    with pytest.raises(ConfigError, match="refuses the coordinator's job. It says: .*invalid partition.*: nosuch$"):
+    with pytest.raises(
+        ConfigError,
+        match="refuses the coordinator's job. It says: .*invalid partition.*: nosuch\n`lemonade-hpc doctor`",
+    ):
         session.submit(settings(coordinator_partition="nosuch"), run)
     assert not run.exists()
 
@@ -468,7 +471,7 @@ def test_a_coordinator_that_has_only_waited_is_cancelled_too(run: Path, commands
     session.submit(settings(), run)
     commands.say("squeue", "4711\n")
     said = end(run)
-    assert "job 4711 (a coordinator that waited)" in (said if isinstance(said, str) else said[0])
+    assert "job 4711 (a coordinator in the queue)" in (said if isinstance(said, str) else said[0])
     assert commands.calls("scancel") == ["scancel 4711"]
 
 
@@ -493,7 +496,7 @@ def test_a_coordinator_that_has_been_started_and_not_begun_is_cancelled_with_tho
     monkeypatch.setattr(queue, "ask", ask)
     monkeypatch.setattr(cancel, "POLL_JOB_S", 0.0)
     said = str(end(run))
-    assert "job 4711 (a coordinator that waited)" in said and "job 4712 (a coordinator that waited)" in said
+    assert "job 4711 (a coordinator in the queue)" in said and "job 4712 (a coordinator in the queue)" in said
     assert [command for command in asked if command[0] == "scancel"] == [("scancel", "4711"), ("scancel", "4712")]
 
 
@@ -680,7 +683,7 @@ def test_stop_ends_the_chain_also_where_no_coordinator_is_at_work(run: Path, com
     doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
     commands.say("squeue", "4712\n")
     told = cancel.stop(run)
-    assert told.startswith("job 4712 (a coordinator that waited) is cancelled; no coordinator is at work")
+    assert told.startswith("job 4712 (a coordinator in the queue) is cancelled; no coordinator is at work")
     assert commands.calls("scancel") == ["scancel 4712"] and not (run / files.stop_order(1)).read_bytes()
 
 

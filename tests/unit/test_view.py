@@ -214,12 +214,13 @@ def test_the_status_tells_failures_with_reasons():
 
 
 @pytest.mark.parametrize(
-    ("state", "words"), [("running: process 1", "2 in flight"), ("stopped", "2 still to be trained")]
+    ("state", "words"),
+    [("running: process 1", "1 in training, 1 asked and waiting"), ("stopped", "2 asked and not done")],
 )
 def test_what_is_not_done_is_in_flight_only_while_somebody_is_at_it(state, words):
     children = told()["children"] | {"committed": 14, "in_flight": 2, "failed": 0}
     assert f"14 of 16 children done (4 initial), 0 failed, {words}; " in tables.summary(
-        told(state=state, children=children)
+        told(state=state, children=children, workers=[{"doing": "child 15, epoch 1"}, {"doing": "idle"}])
     )
     lowered = children | {"budget": 3}
     assert "14 of 16 children done" in tables.summary(told(children=lowered))
