@@ -97,7 +97,7 @@ class Search(_Section):
     proposals: Positive = Field(200, description="candidates drawn per ask (the paper's n_pc)")
     accepted: Positive = Field(50, description="children per generation (the paper's n_ac)")
     children: Count = Field(
-        5000, description="budget: distinct children asked after the initial networks (`search digits`: 450)"
+        5000, description="budget: distinct children asked after the initial networks (`search digits`: 600)"
     )
     operators: Annotated[tuple[Operator, ...], Field(strict=False)] = Field(
         OPERATORS, description="those that children may be made by"

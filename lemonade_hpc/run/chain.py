@@ -126,11 +126,6 @@ def queued(run_id: str) -> list[str]:
     return answer
 
 
-def waiting(run_id: str) -> list[str]:
-    """Those that are not at work yet, as far as Slurm says."""
-    return _jobs(run_id, "--states=PENDING") or []
-
-
 def _jobs(run_id: str, *options: str) -> list[str] | None:
     answer = queue.ask("squeue", "--me", "--noheader", f"--name={job_name(run_id)}", *options, "--format=%i")
     return None if answer is None else answer.split()

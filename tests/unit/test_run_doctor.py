@@ -522,4 +522,9 @@ def test_which_folders_there_are_to_bind_is_looked_for_outside(
 def test_the_helper_is_python_3_6_without_new_syntax() -> None:
     import ast
 
-    ast.parse(Path(helper.__file__).read_text(), feature_version=(3, 6))
+    def parsed(text: str) -> ast.Module:
+        return ast.parse(text, feature_version=(3, 6))
+
+    assert parsed(Path(helper.__file__).read_text()).body
+    with pytest.raises(SyntaxError):
+        parsed("(newer := 1)")
