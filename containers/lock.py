@@ -23,6 +23,8 @@ def main(variant: str, target: list[str]) -> None:
     lines = []
     for item in json.loads(done.stdout)["install"]:
         name, version = item["metadata"]["name"].lower(), item["metadata"]["version"]
+        if name == "torch" and ("+cpu" in version) != (variant == "cpu"):
+            sys.exit(f"error: pip takes torch {version} for the {variant} image; tell it of another index, or of none")
         if name != "lemonade-hpc" and not (variant == "cpu" and name in NOT_ON_CPU):
             lines.append(f"{name}=={version} --hash=sha256:{item['download_info']['archive_info']['hashes']['sha256']}")
     (HERE / f"requirements-{variant}.txt").write_text("\n".join([*sorted(lines), ""]))

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,18 @@ def told(checks: Sequence[dict[str, str]], state: str) -> dict[str, dict[str, st
     return {check["check"]: check for check in checks if check["state"] == state}
 
 
+@contextmanager
+def changed(path: Path, old: str, new: str) -> Iterator[None]:
+    """A file of the site's with something else in it, for a while."""
+    before = path.read_text()
+    assert old in before
+    try:
+        path.write_text(before.replace(old, new))
+        yield
+    finally:
+        path.write_text(before)
+
+
 @pytest.fixture
 def plant(site: Site, home: Path) -> Iterator[Any]:
     """Runs doctor with a changed configuration, command line or environment; its exit code and checks."""
@@ -392,6 +405,10 @@ def test_doctor_finds_what_is_wrong_with_the_image(site: Site, home: Path, plant
 def test_doctor_finds_a_folder_that_is_not_seen(site: Site, home: Path, plant: Any) -> None:
     code, checks = plant(section={"container": {"binds": [str(home / "absent")]}})
     assert code == 1 and "container.binds" in told(checks, "fail")["container.binds"]["fix"], checks
+    with changed(Path("/etc/apptainer/apptainer.conf"), "user bind control = yes", "user bind control = no"):
+        code, checks = plant()
+    failed = told(checks, "fail")["binds"]
+    assert code == 1 and str(home) in failed["seen"] and "user bind control = yes" in failed["fix"], checks
 
 
 def test_doctor_finds_what_is_wrong_with_slurm(site: Site, home: Path, plant: Any) -> None:
@@ -412,6 +429,20 @@ def test_doctor_finds_what_is_wrong_with_slurm(site: Site, home: Path, plant: An
         assert code == 0 and told(checks, "warn")["sacct"]["fix"], checks
     finally:
         site.slurm.start_accounting()
+
+
+def test_doctor_finds_that_arrays_are_small(site: Site, home: Path, plant: Any) -> None:
+    slurm = site.slurm
+    slurm.stop("slurmctld")
+    try:
+        with changed(slurm.folder / "slurm.conf", "MaxArraySize=1001", "MaxArraySize=10"):
+            slurm.start_controller()
+            code, checks = plant(section={"cluster": {"workers": 25}})
+            slurm.stop("slurmctld")
+    finally:
+        slurm.start_controller()
+    warned = told(checks, "warn")["MaxArraySize"]
+    assert code == 0 and warned["seen"] == "10" and "3 arrays of at most 10" in warned["fix"], checks
 
 
 def test_doctor_finds_a_disk_that_is_full_or_not_ones_own(site: Site, home: Path, plant: Any) -> None:
