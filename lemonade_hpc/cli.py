@@ -67,7 +67,9 @@ def search(
 ) -> None:
     """Start, continue or recover a search: the same command every time."""
     try:
-        settings = config.load(source)
+        settings = None
+        with contextlib.suppress(OSError):  # a file system that fails now may not do so a moment later
+            settings = config.load(source)
 
         from lemonade_hpc.run import session
         from lemonade_hpc.run.coordinator import Stopped, Superseded
@@ -78,6 +80,8 @@ def search(
         folder = run if run is not None else Path(Path(source).stem)
         try:
             with ProgressView(tables.console(stderr=True)) as view:
+                with session.patient(view.note):
+                    settings = settings or config.load(source)
                 session.search(settings, folder, view, take_over=take_over)
         except Stopped as stop:
             follows = "" if isinstance(stop, Superseded) else f" {_how_to_go_on(source, run, isinstance(stop, Halted))}"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from lemonade_hpc import explain
+from lemonade_hpc import explain, files
 
 DATA_SETS = ("digits", "mnist5k", "cifar10", "cifar100", "npz", "module:function")
 CHEAP_OBJECTIVES = ("params", "macs")
@@ -283,7 +283,7 @@ def load(source: str) -> Config:
     """Read a configuration: a YAML file's path or a shipped name (`digits`).
 
     A folder of a shipped name, such as the one `search digits` makes, does not hide the shipped file. Raises
-    ConfigError naming the file, the key, what was given and what is allowed.
+    ConfigError naming the file, the key, what was given and what is allowed; OSError where the file system fails.
     """
     file: Traversable = Path(source)
     if source in shipped_names() and not file.is_file():
@@ -297,6 +297,8 @@ def load(source: str) -> Config:
     except IsADirectoryError:
         raise ConfigError(f"{source}: a folder; give the YAML file of the search, and the folder by --run") from None
     except OSError as error:
+        if error.errno in files.STORAGE_ERRORS:
+            raise
         raise ConfigError(f"{source}: cannot be read: {error.strerror}") from error
     return parse(content, source)
 

@@ -23,6 +23,10 @@ POLL_S = 0.1
 POLL_JOB_S = 2.0
 
 
+class Hangs(Exception):  # noqa: N818
+    """A job that was cancelled is still ending: its node may hang."""
+
+
 def stop(run: Path) -> str:
     """Have the coordinator end what is in training and leave; what follows, in words. Raises ConfigError."""
     run_id = record.read_identity(run)["run"]
@@ -48,7 +52,7 @@ def stop(run: Path) -> str:
 def cancel(run: Path) -> list[str]:
     """End whatever works on a run; what was ended, in words.
 
-    Raises ConfigError where its coordinator runs on another machine, or Slurm does not answer.
+    Raises ConfigError where its coordinator runs on another machine, Slurm does not answer, or something does not end.
     """
     run_id = record.read_identity(run)["run"]
     owned = _owned(run)
@@ -62,9 +66,16 @@ def cancel(run: Path) -> list[str]:
             f"else it would start workers again"
         )
     done = _end_chain(run, run_id, sparing=who.get("slurm_job") if verdict == "alive" else None)
+    stays = None
     if verdict == "alive":
-        done = _end_coordinator(who) + done + _end_chain(run, run_id)
-    return done + _cancel_jobs(run_id) if on_slurm else done
+        try:
+            done = _end_coordinator(who) + done + _end_chain(run, run_id)
+        except Hangs as error:  # it has been told, and starts nothing any more
+            stays = error
+    done += _cancel_jobs(run_id) if on_slurm else []
+    if stays is not None:
+        raise ConfigError("; ".join([*done, str(stays)])) from stays
+    return done
 
 
 def _owned(run: Path) -> dict[str, Any] | None:
@@ -110,13 +121,16 @@ def _end_coordinator(who: dict[str, Any]) -> list[str]:
 
 
 def _end_job(job: str) -> None:
-    """Cancel a coordinator's job and wait until it is over."""
+    """Cancel a coordinator's job and wait until it is over; raises Hangs."""
     if queue.ask("scancel", job) is None:
         raise ConfigError(f"scancel failed for job {job}; try again later")
     deadline = time.monotonic() + LEAVE_S
     while not queue.job_has_ended(job, mine=True):
         if time.monotonic() > deadline:
-            raise ConfigError(f"job {job} does not end; try again later")
+            raise Hangs(
+                f"job {job}, the coordinator, is cancelled and has not ended yet; if it stays so (squeue says "
+                f"COMPLETING: its node hangs), search or submit with --take-over goes on without it"
+            )
         time.sleep(POLL_JOB_S)
 
 

@@ -152,9 +152,10 @@ def takes_over() -> bool:
 
 
 def has_begun(run: Path) -> None:
-    """Say that this coordinator has got as far as to read the data: its job counts as one that could not begin else."""
+    """Say that this coordinator was not killed before the record counts it: no series of those goes on after it."""
     if is_link():
-        files.remove(run / files.SLURM / f"{EARLY}-{os.environ.get('SLURM_JOB_ID')}")
+        for path in (run / files.SLURM).glob(f"{EARLY}-*"):
+            files.remove(path)
 
 
 def refuse_to_go_on(run: Path, loaded: Loaded, note: Callable[[str], None]) -> None:
@@ -171,5 +172,5 @@ def refuse_to_go_on(run: Path, loaded: Loaded, note: Callable[[str], None]) -> N
     if history.num_crashes >= MAX_CRASHES:
         raise RunFailed(
             f"{history.num_crashes} coordinators in a row died with no child finished: see {files.SLURM}/*.log in the "
-            f"run folder, mend the cause and submit again"
+            f"run folder, mend the cause and submit again; lemonade-hpc cancel ends workers that are left"
         )

@@ -248,7 +248,7 @@ class Coordinator:
         for failure in budgets.spent(self.history, self.config.cluster.retries):
             self._arrived.setdefault(failure["child"], failure)
         due = [number for number in sorted(self.history.state.in_flight) if number not in self._arrived]
-        if self.stop_signal is None:
+        if due and self.stop_signal is None:
             self._crew.start(len(due))
         waiting = [n for n in due if all(one.lost is not None for one in self.history.attempts[n])]
         self._crew.hand_out(waiting, ahead)

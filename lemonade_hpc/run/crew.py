@@ -26,8 +26,8 @@ STOP_S = 3.0
 """How long workers may take to leave when they are stopped."""
 MISFORTUNES_PER_WORKER = 3
 """Workers in a row that may end without any outcome, per worker wanted, before the run stops."""
-LEAST_MISFORTUNES = budgets.MAX_DEATHS + 3
-"""So many they may be in any case: a child under which they die is to be given up before."""
+MORE_MISFORTUNES = 3
+"""So many more than may end under one child they may be in any case: that one is to be given up before."""
 ELSEWHERE_S = 600.0
 """How long a child that crashed waits for a worker on another node that may never start."""
 LISTEN_S, MOST_GHOSTS = 30.0, 50
@@ -179,7 +179,7 @@ class Crew:
         if how is None:
             return
         del self._gone[name]
-        if bye is None:
+        if bye is None and how != histories.NOT_STARTED:
             self._ghosts.append(handle)
         fault = None
         if bye is None and how not in FATE | {histories.NOT_STARTED}:
@@ -190,11 +190,16 @@ class Crew:
         elif bye == worker.UNFIT:
             fault = f"worker {name} cannot start training: {handle.trouble}"
         elif (
-            bye not in (None, worker.TIME_OVER, worker.TOLD) and abandoned and (bye != worker.SIGNALLED or how == DIED)
+            bye not in (None, worker.TIME_OVER, worker.TOLD, worker.OTHER)
+            and abandoned
+            and (bye != worker.SIGNALLED or how == DIED)
         ):
             fault = f"worker {name} left its children: {bye}"
         # One that an earlier coordinator had may have died with that one, of the same cause: no child is to blame.
         self._part(handle, how, fault, blame=how != DIED or name not in self._adopted - self._lived)
+        if how == histories.NOT_STARTED:
+            self._ledger.write()
+            self._unmake([name])
         if how == CANCELLED and (name not in self._adopted - self._lived or self._backend.seen(name)):
             self._num_cancelled += 1
             self._observer.note(f"worker {name} was cancelled from outside: no other is started in its place")
@@ -226,7 +231,8 @@ class Crew:
         self._observer.note(reason)
         self._last_fault = reason
         self._num_misfortunes += name not in self._adopted
-        if self._num_misfortunes > max(MISFORTUNES_PER_WORKER * self._cluster.workers, LEAST_MISFORTUNES):
+        under_one = max(budgets.MAX_DEATHS, self._cluster.retries)
+        if self._num_misfortunes > max(MISFORTUNES_PER_WORKER * self._cluster.workers, under_one + MORE_MISFORTUNES):
             self._ledger.write()
             raise RunFailed(
                 f"{self._num_misfortunes} workers in a row ended and no child was trained meanwhile{self._why()}"
@@ -311,16 +317,25 @@ class Crew:
         try:
             self._backend.launch(names, excluded.keys())
         except Refused as error:
+            self._not_started(names)
             without = "".join(f"; excluded is {node}: {reason}" for node, reason in excluded.items())
             raise RunFailed(f"no worker can be started: {error}{without}{self._why()}") from error
         except NotNow as error:
             self._observer.note(str(error))
-            for name in names:
-                self._end(self.handles[name], histories.NOT_STARTED)
-            self._ledger.write()
-            for name in names:
-                for path in (files.assigned_log(epoch, name), files.done_log(name)):
-                    files.remove((self._run / path).parent)
+            self._not_started(names)
+
+    def _not_started(self, names: list[str]) -> None:
+        """Take back that these workers were to be started."""
+        for name in names:
+            self._end(self.handles[name], histories.NOT_STARTED)
+        self._ledger.write()
+        self._unmake(names)
+
+    def _unmake(self, names: list[str]) -> None:
+        """Remove the folders of workers that never were."""
+        for name in names:
+            for path in (files.assigned_log(self._ledger.epoch, name), files.done_log(name)):
+                files.remove((self._run / path).parent)
 
     def _wanted(self) -> int:
         """How many workers there may be now; raises Halted where there can be none any more."""

@@ -54,7 +54,10 @@ def identity(config: Config, data: DataSet, fixed: Problem, image: str | None) -
 
 
 def read_identity(run: Path) -> dict[str, Any]:
-    """The content of `run.json`; raises ConfigError where there is none, or one of a newer schema."""
+    """The content of `run.json`; raises ConfigError where there is none, or one of a newer schema.
+
+    Where the file system fails, OSError (`files.STORAGE_ERRORS`).
+    """
     path = run / files.RUN
     try:
         content: dict[str, Any] = json.loads(path.read_text())
@@ -64,6 +67,8 @@ def read_identity(run: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{run}: not a run folder (it has no {files.RUN})") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in files.STORAGE_ERRORS:
+            raise
         raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
     if schema > SCHEMA:
         raise ConfigError(f"{path}: written by a newer version (schema {schema}, this one reads up to {SCHEMA})")

@@ -22,7 +22,7 @@ from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
 from lemonade_hpc.run import backends, chain, container, lease, population, queue, record, request, slurm
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.container import Image
-from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped
+from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped, Superseded
 from lemonade_hpc.run.history import History
 from lemonade_hpc.run.journal import RecordError
 from lemonade_hpc.run.ledger import Halted, NoRoom, RunFailed
@@ -47,76 +47,98 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     Raises ConfigError (the user's input, nothing was written), RunFailed, RecordError or StoreError (exit code 1),
     Stopped (the same call goes on).
     """
-    take_over = take_over or chain.takes_over()
+    with patient(observer.note):
+        try:
+            opened = _open(config, run, observer, take_over=take_over or chain.takes_over())
+        finally:
+            chain.has_begun(run)
+        if isinstance(opened, History):
+            return opened
+        return _run(opened, observer)
+
+
+@contextmanager
+def patient(note: Callable[[str], None]) -> Iterator[None]:
+    """Where the file system fails, raise NoRoom; in a chain, later: its successor is to begin no sooner."""
+    try:
+        yield
+    except (OSError, NoRoom) as error:
+        if isinstance(error, OSError) and error.errno not in files.STORAGE_ERRORS:
+            raise
+        if chain.is_link():
+            note(f"cannot go on: {error}. The next coordinator looks again in {ROOM_S / 60:.0f} minutes")
+            time.sleep(ROOM_S)
+        if isinstance(error, NoRoom):
+            raise
+        raise NoRoom(f"the file system fails: {files.in_words(error)}") from error
+
+
+def _open(config: Config, run: Path, observer: Observer, *, take_over: bool) -> Coordinator | History:
+    """Check everything and take the run's lease; where nothing is left to be done, what has happened in it."""
     data = data_sets.load(config.data)
-    chain.has_begun(run)
     config = resolve(config, data.shape)
     if new := not (run / files.RUN).exists():
         _check_backend(config)
     image = container.read(config)
-    try:
-        fixed = _prepare(config, data, run, image)
-        journal = None
-        while journal is None:
-            try:
-                calm_s = 0.0 if chain.begun_by_a_person() else config.cluster.status_s
-                lease.settle(run, config.cluster.stale_s, observer.note, take_over=take_over, calm_s=calm_s)
-                loaded = record.load(run, fixed)
-                history = loaded.history
-                if _nothing_to_do(run, loaded):
-                    for text in _overspent(history):
-                        observer.note(text)
-                    return history
-                _same_image(config, run, image, observer.note)
-                if not new and chain.begun_by_a_person():
-                    _check_backend(config)
-                chain.refuse_to_go_on(run, loaded, observer.note)
-                digest = image.sha256 if image else None
-                journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over, image=digest)
-            except lease.Behind:
-                pass
-            except lease.Held as held:
-                if not chain.is_link():
-                    raise
-                observer.note(f"{held}. Waiting for that")
-                time.sleep(HELD_S)
-        for text in (*loaded.warnings, *loaded.late, *_overspent(history)):
-            observer.note(text)
-        coordinator = Coordinator(run, config, history, journal, _backend(run, config, image, observer), observer)
-        with _signals(coordinator):
-            try:
-                coordinator.adopt()
-                if chain.begun_by_a_person():
-                    coordinator.pardon()
-                coordinator.search()
-            except (Stopped, RunFailed) as error:
-                coordinator.why, coordinator.halted = str(error), isinstance(error, Halted)
-                coordinator.failed = isinstance(error, RunFailed)
-                if isinstance(error, Stopped) and not chain.is_link():
-                    _tell_who_goes_on(coordinator, config, run, observer)
+    fixed = _prepare(config, data, run, image)
+    journal = None
+    while journal is None:
+        try:
+            calm_s = 0.0 if chain.begun_by_a_person() else config.cluster.status_s
+            lease.settle(run, config.cluster.stale_s, observer.note, take_over=take_over, calm_s=calm_s)
+            loaded = record.load(run, fixed)
+            history = loaded.history
+            if _nothing_to_do(run, loaded):
+                for text in _overspent(history):
+                    observer.note(text)
+                return history
+            _same_image(config, run, image, observer.note)
+            if not new and chain.begun_by_a_person():
+                _check_backend(config)
+            chain.refuse_to_go_on(run, loaded, observer.note)
+            digest = image.sha256 if image else None
+            journal = lease.open_epoch(run, config, loaded, history.reporters(), take_over=take_over, image=digest)
+        except lease.Behind:
+            pass
+        except lease.Held as held:
+            if not chain.is_link():
                 raise
-            finally:
-                coordinator.close()
-                if coordinator.halted and chain.is_link():
-                    chain.end(record.read_identity(run)["run"])
-    except (OSError, NoRoom) as error:
-        if isinstance(error, OSError) and error.errno not in files.STORAGE_ERRORS:
-            raise
-        if chain.is_link():  # its successor is to begin no sooner
-            observer.note(f"cannot go on: {error}. The next coordinator looks again in {ROOM_S / 60:.0f} minutes")
-            time.sleep(ROOM_S)
-        if isinstance(error, NoRoom):
-            raise
-        raise NoRoom(f"cannot write: {files.in_words(error)}") from error
-    return history
+            chain.has_begun(run)
+            observer.note(f"{held}. Waiting for that")
+            time.sleep(HELD_S)
+    for text in (*loaded.warnings, *loaded.late, *_overspent(history)):
+        observer.note(text)
+    return Coordinator(run, config, history, journal, _backend(run, config, image, observer), observer)
 
 
-def _tell_who_goes_on(coordinator: Coordinator, config: Config, run: Path, observer: Observer) -> None:
+def _run(coordinator: Coordinator, observer: Observer) -> History:
+    """Have a coordinator search until the budget is spent, and leave in good order whatever ends it."""
+    with _signals(coordinator):
+        try:
+            coordinator.adopt()
+            if chain.begun_by_a_person():
+                coordinator.pardon()
+            coordinator.search()
+        except (Stopped, RunFailed) as error:
+            coordinator.why, coordinator.failed = str(error), isinstance(error, RunFailed)
+            coordinator.halted = coordinator.failed or isinstance(error, Halted)
+            if isinstance(error, Stopped) and not isinstance(error, Superseded) and not chain.is_link():
+                _tell_who_goes_on(coordinator, observer)
+            raise
+        finally:
+            coordinator.close()
+            if coordinator.halted and chain.is_link():
+                chain.end(record.read_identity(coordinator.run)["run"])
+    return coordinator.history
+
+
+def _tell_who_goes_on(coordinator: Coordinator, observer: Observer) -> None:
     """Somebody who stops a search at the terminal may think that this is all."""
-    if config.cluster.backend == "slurm" and coordinator.num_workers:
+    cluster = coordinator.config.cluster
+    if cluster.backend == "slurm" and coordinator.num_workers:
         observer.note(
             f"{coordinator.num_workers} workers go on: they end what they have, and leave when they have waited for "
-            f"{config.cluster.idle_exit_min:g} minutes; lemonade-hpc cancel {run} ends them at once"
+            f"{cluster.idle_exit_min:g} minutes; lemonade-hpc cancel {coordinator.run} ends them at once"
         )
 
 

@@ -36,10 +36,12 @@ UNSEEN_S = 900.0
 AGAIN = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 """States of a job that has not begun. Of a worker that was heard of they say that its job is to begin anew: a worker
 lives once, so it is over."""
+ENDING, ENDING_S = "COMPLETING", 600.0
+"""A state that lasts where a node hangs, and for how long it counts as a life."""
 ENDS = {
     "BOOT_FAIL": "node failure", "CANCELLED": CANCELLED, "COMPLETED": "completed", "DEADLINE": "time limit",
     "NODE_FAIL": "node failure",
-    "OUT_OF_MEMORY": "out of memory", "PREEMPTED": "preempted", "TIMEOUT": "time limit",
+    "OUT_OF_MEMORY": "out of memory", "PREEMPTED": "preempted", "TIMEOUT": "time limit", ENDING: "hung at its end",
 }  # fmt: skip
 """What a state says of how a worker ended."""
 STUCK = re.compile(
@@ -149,6 +151,7 @@ class SlurmBackend:
         self._ended: dict[str, int] = {}
         """How many queries in a row saw a worker's job to have ended, or not at all."""
         self._last_state: dict[str, str] = {}
+        self._ending_since: dict[str, float] = {}
         self._nodes: dict[str, str] = {}
         self._max_array: int | None = None
         """MaxArraySize, once Slurm has told it."""
@@ -184,6 +187,8 @@ class SlurmBackend:
                 return 0
             self._queried_at, self._max_array = now, queue.max_array_size()
         most = min(self._cluster.max_array, self._max_array or self._cluster.max_array)
+        if self._num_failures:
+            return 1  # to see whether they go on
         return most if self._fits is None else self._room_left(min(most, self._fits))
 
     def _between_s(self) -> float:
@@ -334,7 +339,8 @@ class SlurmBackend:
             return  # it was at work: Slurm may have forgotten a job that still writes its last words
         if state is not None and not (self._last_state.get(name) in AGAIN and name in self._heard_at):
             self._last_state[name] = state
-        if state is None or state in queue.ENDED or (state in AGAIN and name in self._heard_at):
+        again = state in AGAIN and name in self._heard_at
+        if again or state is None or state in queue.ENDED or (state == ENDING and self._hangs(name)):
             self._ended[name] = self._ended.get(name, 0) + 1
             return
         self._ended[name] = 0
@@ -342,6 +348,10 @@ class SlurmBackend:
             self._seen.add(name)
         if name not in self._heard_at:
             self._deliver(name)
+
+    def _hangs(self, name: str) -> bool:
+        """Whether a job that is ending has been doing so for too long."""
+        return time.monotonic() - self._ending_since.setdefault(name, time.monotonic()) >= ENDING_S
 
     def _deliver(self, name: str) -> None:
         """Put a worker's task where submitit looks for it, in case its submitter died before it did so."""

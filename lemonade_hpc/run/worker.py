@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from lemonade_hpc import files
 from lemonade_hpc.run import owner
@@ -31,7 +31,8 @@ from lemonade_hpc.run.trainers import SIGNALS, ProcessTrainer, Trainer
 
 BEAT_S = 5.0
 UNFIT, SIGNALLED, TIME_OVER, TOLD = "unfit", "signalled", "its time is nearly over", "stopped by the coordinator"
-"""Why a worker leaves: it cannot start trainers; it was sent a signal; its job ends soon; it is told to."""
+OTHER = "its coordinator is of another version or image now"
+"""Why a worker leaves: it cannot start trainers; it was sent a signal; its job ends soon; it is told to; ..."""
 ORPHAN_S = 60.0
 """A coordinator whose heartbeat stands still for this long is gone. Where files are seen late, four times `stale_s` is
 added: the heartbeat is late, a successor looks on for twice as long before it begins, and is then seen late itself."""
@@ -47,6 +48,10 @@ LEAST_WAIT_S = 0.002
 """Time between two looks at its trainer, however fast that one reports."""
 SAVE_S = 10.0
 """How long a worker that must leave waits for its child's checkpoint."""
+OUTAGE_S, OUTAGE_POLL_S = 300.0, 1.0
+"""How long a file system that fails is tried again, and how often: a failover takes minutes."""
+
+Done = TypeVar("Done")
 
 
 def _owner(run: Path, epoch: int) -> Message | None:
@@ -63,11 +68,16 @@ def _key(message: Message) -> tuple[int, str]:
 
 
 class Worker:
-    """One worker: `step` until it returns False. `start_trainer(epoch)` is called when the first task arrives."""
+    """One worker: `step` until it returns False. `start_trainer(epoch)` is called when the first task arrives.
 
-    def __init__(self, run: Path, name: str, start_trainer: Callable[[int], Trainer]) -> None:
+    `caught`: the signals that its process has got so far; grows.
+    """
+
+    def __init__(
+        self, run: Path, name: str, start_trainer: Callable[[int], Trainer], caught: list[int] | None = None
+    ) -> None:
         self.run, self.name = run, name
-        self.signalled = False
+        self.caught = [] if caught is None else caught
         self._leaving: str | None = None
         """Why, once it must."""
         self._leave_by = math.inf
@@ -98,15 +108,20 @@ class Worker:
         self._late, self.poll_s = files.Patience(files.STALE_S), 1.0
         self._follow()
 
+    @property
+    def signalled(self) -> bool:
+        """Whether its process has got a signal."""
+        return bool(self.caught)
+
     def step(self) -> bool:
         """Do what there is to do without waiting; False once the worker has left."""
         if self._requeued:
             return False
-        if not self._follow():
+        if not self._through_outages(self._follow):
             return self._leave("given up by a later coordinator")
         if not self._epoch:
             return not self.signalled or self._leave(SIGNALLED)
-        for message in self._assigned.poll():
+        for message in self._through_outages(self._assigned.poll):
             self._obey(message)
         if self._assigned.num_damaged:
             return self._leave("its mailbox is damaged")
@@ -137,7 +152,7 @@ class Worker:
         The mailbox is left alone meanwhile: it may be far away.
         """
         until = time.monotonic() + self.poll_s
-        while not self._unfit and (left := until - time.monotonic()) > 0:
+        while not (self._unfit or self.signalled) and (left := until - time.monotonic()) > 0:
             if self._trainer is None:
                 time.sleep(left)
             else:
@@ -158,7 +173,8 @@ class Worker:
         if owned is None:
             return self._late.waits(False)
         if self._epoch and (owned.get("code"), owned.get("image")) != self._made_of:
-            return False  # it is not what that coordinator has its children trained by
+            self._must_leave(OTHER, time.monotonic())  # it is not what that coordinator has its children trained by
+            return True
         self._made_of = owned.get("code"), owned.get("image")
         for task in self._queue:  # the new coordinator sends again what it wants done
             self._known.discard(_key(task))
@@ -304,7 +320,18 @@ class Worker:
 
     def _say(self, what: str, *, durable: bool = False, **rest: Any) -> None:
         at = round(time.monotonic() - self._began_at, 3)
-        self._done.append([{"say": what, "at": at, **rest}], durable=durable)
+        self._through_outages(lambda: self._done.append([{"say": what, "at": at, **rest}], durable=durable))
+
+    def _through_outages(self, do: Callable[[], Done]) -> Done:
+        """Do it, again and again for a while where the file system fails: a worker's place is worth the wait."""
+        until = time.monotonic() + OUTAGE_S
+        while True:
+            try:
+                return do()
+            except OSError as error:
+                if error.errno not in files.STORAGE_ERRORS or self.signalled or time.monotonic() > until:
+                    raise
+            time.sleep(OUTAGE_POLL_S)
 
     def _leave(self, reason: str) -> bool:
         self._drop_trainer()
@@ -328,11 +355,8 @@ def serve(run: str, name: str, environment: Mapping[str, str | None] | None = No
         os.setsid()
     folder = Path(run)
     log = folder / files.WORKERS / name / "trainer.log"
-    worker = Worker(folder, name, lambda epoch: ProcessTrainer(folder, epoch, log))
-    while True:
-        worker.signalled = bool(caught)
-        if not worker.step():
-            break
+    worker = Worker(folder, name, lambda epoch: ProcessTrainer(folder, epoch, log), caught)
+    while worker.step():
         worker.wait()
 
 

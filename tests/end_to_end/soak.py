@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
+import signal
 import sys
 import time as real_time
 from collections import Counter
@@ -194,7 +195,7 @@ class World:
             job = self.chance.choice(running)
             process = self.processes[job]
             if what == "preempt":
-                process.signalled = True
+                process.caught.append(signal.SIGUSR2)
                 self.slurm.preempt(job, grace_s=20)
             elif what == "kill a worker":
                 self.slurm.end(job, "FAILED")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from lemonade_hpc import cli, files
 from lemonade_hpc import config as configs
-from lemonade_hpc import files
 from lemonade_hpc.config import ConfigError
 from lemonade_hpc.run import cancel, chain, lease, owner, queue, record, session, slurm, status
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
@@ -179,16 +179,39 @@ def test_a_job_submits_its_successor_and_cancels_it_only_at_an_end(
     assert bool(commands.calls("scancel")) == cancelled
 
 
-@pytest.mark.parametrize(("words", "said"), [([chain.FIRST], "first"), ([], "next")])
+@pytest.mark.parametrize(("setup", "code"), [("set -e", 0), ("set -e", 1), ("set -u", 0), ("set -eu", 137)])
+def test_what_the_setup_sets_ends_no_job_of_the_script(run: Path, commands: Commands, setup: str, code: int) -> None:
+    """With `set -e`, chains of complete and failed runs went on for ever; with `set -u` none began."""
+    session.submit(settings(setup=[setup]), run)
+    (commands.folder / "calls").unlink()
+    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
+    start = script.index(sys.executable)
+    changed = script.replace(script[start : script.index(" &\n", start)], f"bash -c 'exit {code}'")
+    done = subprocess.run(["bash", "-c", changed], capture_output=True, check=False)
+    assert done.returncode == code
+    assert len(commands.calls("sbatch")) == 1 and len(commands.calls("scancel")) == (code != 137)
+    failing = script.replace("set -e", "set -e\nfalse").replace("set -u", "set -u\necho $NOTHING")
+    if code == 0:
+        assert subprocess.run(["bash", "-c", failing], capture_output=True, check=False).returncode
+        assert len(commands.calls("sbatch")) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "restarts", "said"),
+    [([chain.FIRST], "", "first"), ([], "", "next"), ([chain.FIRST], "1", "next"), ([chain.TAKE_OVER], "2", "next")],
+)
 def test_a_job_knows_whether_a_person_has_submitted_it(
-    run: Path, commands: Commands, words: list[str], said: str
+    run: Path, commands: Commands, words: list[str], restarts: str, said: str
 ) -> None:
+    """A job that begins anew, requeued, is one that goes on."""
     session.submit(settings(), run)
     assert commands.calls("sbatch")[-1].endswith("coordinator.sbatch first")
     script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
     start = script.index(sys.executable)
-    changed = script.replace(script[start : script.index(" &\n", start)], f"echo ${chain.LINK}")
-    done = subprocess.run(["bash", "-c", changed, "name", *words], capture_output=True, text=True, check=False)
+    changed = script.replace(script[start : script.index(" &\n", start)], f"env | sed -n 's/^{chain.LINK}=//p'")
+    environ = os.environ | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
+    command = ["bash", "-c", changed, "name", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     assert said in done.stdout.split()
 
 
@@ -266,6 +289,22 @@ def test_a_link_that_stops_for_good_cancels_its_successor(
     name = f"lemonade-{record.read_identity(run)['run'][:8]}-coordinator"
     assert commands.calls("scancel") == [f"scancel --me --name={name} --state=PENDING"]
     assert record.read_identity(run)["run"]
+
+
+def test_a_run_that_has_failed_does_not_go_on_by_itself(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where its successor could not be cancelled: that would start as many workers again."""
+    monkeypatch.setenv(chain.LINK, "next")
+    with pytest.raises(RunFailed, match="workers in a row ended"):
+        doubles.search(run, settings(stale_s=0), backend=dying(run))
+    launched = doubles.load(run, settings(stale_s=0)).history.num_launched
+    assert commands.calls("scancel") and status.status(run)["why_closed"].startswith("9 workers in a row")
+    with pytest.raises(Halted, match="9 workers in a row ended"):
+        doubles.search(run, settings(stale_s=0), backend=dying(run))
+    assert doubles.load(run, settings(stale_s=0)).history.num_launched == launched
+    monkeypatch.setenv(chain.LINK, chain.FIRST)
+    assert doubles.search(run, settings(stale_s=0), backend=doubles.FakeBackend(run)).state.complete
 
 
 def killed(run: Path, times: int) -> None:
@@ -370,10 +409,69 @@ def test_a_chain_whose_coordinators_end_before_they_begin_ends(run: Path, comman
     assert job(100, "true").returncode == 0 and len(commands.calls("sbatch")) == began + 1
 
 
-def test_a_coordinator_that_has_read_the_data_has_begun(
+def test_a_coordinator_that_is_killed_before_the_record_counts_it_has_not_begun(
     run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it then finds a full disk, or waits for another one to end."""
+    """Out of memory while it reads a long record, say; once it has an epoch, the record counts."""
+    session.submit(settings(), run)
+    (run / "slurm" / "early-7").touch()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv(chain.LINK, "next")
+    seen: list[bool] = []
+    for where, name in ((record, "load"), (lease, "open_epoch"), (session.Coordinator, "adopt")):
+        real = getattr(where, name)
+
+        def spy(*args: Any, real: Any = real, **options: Any) -> Any:
+            seen.append((run / "slurm" / "early-7").exists())
+            return real(*args, **options)
+
+        monkeypatch.setattr(where, name, spy)
+    assert doubles.search(run, settings(), backend=doubles.FakeBackend(run)).state.complete
+    assert seen == [True, True, False]
+
+
+@pytest.mark.parametrize("number", sorted(files.STORAGE_ERRORS))
+@pytest.mark.parametrize("what", ["run.json", "journal.log", "config.yaml", "data"])
+def test_a_link_that_begins_while_the_file_system_is_away_ends_no_chain(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, what: str, number: int
+) -> None:
+    backend = doubles.FakeBackend(run)
+    made = doubles.start(run, settings(), backend)
+    made._turn()
+    made.close()
+    session._to_submit(settings())
+    files.make_folder(run / files.SLURM)
+    (run / "slurm" / "config.yaml").write_bytes(configs.dump(settings()))
+    monkeypatch.setenv(chain.LINK, "next")
+    waits: list[float] = []
+    monkeypatch.setattr(session, "time", SimpleNamespace(sleep=waits.append))
+    error = OSError(number, os.strerror(number), what)
+
+    def failing(real: Any) -> Any:
+        def read(path: Path, *args: Any, **options: Any) -> Any:
+            if path.name == what:
+                raise error
+            return real(path, *args, **options)
+
+        return read
+
+    for name in ("read_text", "read_bytes"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+    if what == "data":
+
+        def away(*args: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(session.data_sets, "load", away)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["search", str(run / "slurm/config.yaml"), "--run", str(run)])
+    assert ended.value.code == cli.STOPPED and waits == [session.ROOM_S]
+
+
+def test_a_coordinator_that_leaves_in_words_has_begun(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were killed before it are no series any more that goes on."""
     session.submit(settings(), run)
     for number in (7, 8):
         (run / "slurm" / f"early-{number}").touch()
@@ -382,7 +480,7 @@ def test_a_coordinator_that_has_read_the_data_has_begun(
     monkeypatch.setattr(session, "time", SimpleNamespace(sleep=lambda seconds: None))
     with pytest.raises(Stopped, match="cannot write"):
         doubles.search(run, settings(), lambda task: "storage")
-    assert [path.name for path in (run / "slurm").glob("early-*")] == ["early-7"]
+    assert [path.name for path in (run / "slurm").glob("early-*")] == []
 
 
 @pytest.mark.parametrize("link", [True, False])
@@ -441,12 +539,14 @@ def test_a_job_of_ones_own_that_nobody_has_an_account_of_is_over_once_the_queue_
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "a")
     who = {"slurm_job": "77", "user": os.getuid() + (not mine), "cluster": "a"}
     assert queue.judge(who) == verdict
-    if verdict == "gone":  # and not where clusters share a file system
+    if verdict == "gone":  # and not where clusters share a file system: that may be anybody's job
         assert queue.judge(who | {"cluster": "b"}) == queue.judge(who | {"cluster": None}) == "unknown"
         monkeypatch.delenv("SLURM_CLUSTER_NAME")
         said = {queue.LIST: listed, queue.CONFIG: "ClusterName             = a\n"}
         monkeypatch.setattr(queue, "ask", lambda *command: said.get(command))
         assert queue.judge(who) == "gone" and queue.judge(who | {"cluster": "b"}) == "unknown"
+        monkeypatch.setattr(queue, "ask", lambda *command: said.get(command, "RUNNING\n"))
+        assert queue.judge(who) == "alive" and queue.judge(who | {"cluster": "b"}) == "unknown"
 
 
 def test_what_is_known_of_the_process_needs_no_slurm(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -685,6 +785,27 @@ def test_stop_ends_the_chain_also_where_no_coordinator_is_at_work(run: Path, com
     told = cancel.stop(run)
     assert told.startswith("job 4712 (a coordinator in the queue) is cancelled; no coordinator is at work")
     assert commands.calls("scancel") == ["scancel 4712"] and not (run / files.stop_order(1)).read_bytes()
+
+
+def test_where_a_coordinators_job_hangs_in_its_end_its_workers_are_cancelled_all_the_same(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
+    monkeypatch.setattr(queue.owner, "judge", lambda who: "unknown")
+    worker = f"lemonade-{record.read_identity(run)['run'][:8]}-e1w00"
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*command: str) -> str:
+        asked.append(command)
+        return f"80_0|{worker}|RUNNING|None|n1\n" if command == queue.LIST else "COMPLETING\n"
+
+    monkeypatch.setattr(queue, "ask", ask)
+    monkeypatch.setattr(cancel, "POLL_JOB_S", 0.0)
+    monkeypatch.setattr(cancel, "LEAVE_S", 0.01)
+    with pytest.raises(ConfigError, match=r"^job 80_0; job 77, the coordinator, .* with --take-over goes on"):
+        cancel.cancel(run)
+    assert ("scancel", "80_0") in asked
 
 
 def test_a_coordinator_on_another_node_is_cancelled_by_its_job(

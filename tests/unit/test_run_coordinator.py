@@ -316,7 +316,7 @@ def test_a_worker_that_leaves_gives_its_children_back(run: Path, monkeypatch: py
         step()
         for one in backend.workers.values():
             task = one._current
-            one.signalled = task is not None and (task["child"], task["attempt"]) == (4, "e1a1")
+            one.caught[:] = [15] * (task is not None and (task["child"], task["attempt"]) == (4, "e1a1"))
 
     backend.step = step_and_signal  # type: ignore[method-assign]
     notes = doubles.Notes()
@@ -336,7 +336,7 @@ def test_workers_that_leave_in_a_row_with_nothing_done_end_the_run(run: Path, mo
     def step_and_signal() -> None:
         step()
         for one in backend.workers.values():
-            one.signalled = one._current is not None
+            one.caught[:] = [15] * (one._current is not None)
 
     backend.step = step_and_signal  # type: ignore[method-assign]
     with pytest.raises(RunFailed, match=r"9 workers in a row ended.* left its children: signalled"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.run import backends, budgets, chain, coordinator, crew, session, status
+from lemonade_hpc.run import backends, budgets, chain, coordinator, crew, lease, session, status, worker
 from lemonade_hpc.run.backends import NotNow
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.handle import WorkerHandle
@@ -104,6 +104,48 @@ def test_a_node_that_fails_everything_is_excluded_and_costs_no_child(run: Path) 
     assert doubles.front(history) == doubles.front(undisturbed)
     assert status.status(run)["nodes_excluded"].keys() == {"n1"}
     doubles.assert_sound(run)
+
+
+@pytest.mark.parametrize("rounds", [1, budgets.STRIKES])
+def test_workers_that_fall_at_once_are_one_strike_against_their_node(run: Path, rounds: int) -> None:
+    """The file system was away for a moment, say: a node with three GPUs has not failed three times."""
+    backend = FakeCluster(run, num_nodes=3)
+    many = settings("steady_state", 60, workers=9)
+    made = doubles.start(run, many, backend)
+    while made.history.state.num_committed < 20:
+        made._turn()
+    backend.words = lambda node, task: "hang"
+    for _ in range(rounds):
+        while not all(one._current for one in backend.workers.values()) or len(backend.workers) < 9:
+            made._turn()
+        for name in [name for name in backend.workers if backend.node_of[name] == "n0"]:
+            backend.die(name)
+        for _ in range(3):
+            made._turn()
+    assert set(made.history.excluded) == ({"n0"} if rounds == budgets.STRIKES else set())
+    made.close()
+
+
+def test_workers_that_leave_a_coordinator_of_another_version_are_at_no_fault(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are their nodes; what they train is saved, and goes on elsewhere."""
+    backend = FakeCluster(run, num_nodes=2)
+    many = settings("steady_state", 60, workers=6)
+    first = doubles.start(run, many, backend)
+    while first.history.state.num_committed < 20:
+        first._turn()
+    first.stop_signal = 15
+    with pytest.raises(Stopped):
+        first._leave(15)
+    first.close()
+    monkeypatch.setattr(lease, "__version__", "9.9")
+    second = doubles.start(run, many, backend)
+    for _ in range(20):
+        second._turn()
+    assert second.history.departures[worker.OTHER] == 6
+    assert not second.history.excluded and not second.history.strikes and second.history.last_fault is None
+    second.close()
 
 
 def test_a_worker_that_begins_on_an_excluded_node_is_ended(run: Path) -> None:
@@ -452,6 +494,90 @@ def test_a_worker_that_there_is_no_room_for_leaves_no_mailbox(run: Path) -> None
     assert doubles.search(run, settings(), backend=Full(run)).state.complete
     boxes = sorted(path.name for path in (run / files.epoch_folder(1) / "workers").iterdir())
     assert boxes == sorted(path.name for path in (run / files.WORKERS).iterdir()) and len(boxes) == WORKERS
+
+
+def folders_of_workers(run: Path) -> set[str]:
+    """Names of workers that have a folder of their own, or a mailbox."""
+    kept = [*(run / files.WORKERS).iterdir(), *run.glob("epochs/*/workers/*")]
+    return {path.name for path in kept}
+
+
+def test_workers_that_sbatch_refuses_for_good_never_were(run: Path) -> None:
+    """Their account has expired, say: once that is mended, as many may be started as before."""
+
+    class Expired(FakeCluster):
+        refuses = True
+
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            if self.refuses:
+                raise backends.Refused("Invalid account")
+            super().launch(names, avoid)
+
+    capped = settings(max_workers=WORKERS)
+    backend = Expired(run)
+    with pytest.raises(RunFailed, match="no worker can be started: Invalid account"):
+        doubles.search(run, capped, backend=backend)
+    history = doubles.load(run, capped).history
+    assert history.num_launched == 0 and not history.departures and not folders_of_workers(run)
+    backend.refuses = False
+    assert doubles.search(run, capped, backend=backend).state.complete
+
+
+def test_workers_that_slurm_may_have_taken_and_has_not_leave_nothing_behind(run: Path) -> None:
+    """sbatch failed in a way that may pass, again and again: a partition is drained for days."""
+
+    class Drained(FakeCluster):
+        launches = 0
+
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            self.launches += 1
+            if self.launches > 20:
+                super().launch(names, avoid)
+            else:
+                self.ends |= dict.fromkeys(names, "not started")
+
+    backend = Drained(run)
+    history = doubles.search(run, settings(), backend=backend)
+    assert history.state.complete and backend.launches > 20 and history.num_launched == WORKERS
+    assert folders_of_workers(run) == set(backend.node_of)
+
+
+@pytest.mark.parametrize("retries", [0, 9])
+def test_a_child_that_takes_too_much_memory_is_given_up_before_its_run(run: Path, retries: int) -> None:
+    child = 5
+
+    class Small(FakeCluster):
+        def step(self) -> None:
+            super().step()
+            for name, one in list(self.workers.items()):
+                if one._current is not None and one._current["child"] == child:
+                    self.ends[name] = budgets.OUT_OF_MEMORY
+                    self.die(name)
+
+    backend = Small(run, lambda node, task: "hang" if task["child"] == child else None)
+    history = doubles.search(run, settings(workers=1, retries=retries), backend=backend)
+    assert [one["child"] for one in history.failures] == [child] and history.departures[
+        budgets.OUT_OF_MEMORY
+    ] == retries + 1
+
+
+def test_a_last_child_that_fails_with_the_last_worker_completes_the_run(run: Path) -> None:
+    """Nobody needs another worker for nothing."""
+    last = 8
+
+    class Small(FakeCluster):
+        def step(self) -> None:
+            super().step()
+            for name, one in list(self.workers.items()):
+                if one._current is not None and one._current["child"] == last:
+                    self.ends[name] = budgets.OUT_OF_MEMORY
+                    self.die(name)
+
+    capped = settings("steady_state", 6, workers=1, max_workers=3, retries=2)
+    backend = Small(run, lambda node, task: "hang" if task["child"] == last else None)
+    history = doubles.search(run, capped, backend=backend)
+    assert history.complete is not None and history.num_launched == 3
+    assert [one["child"] for one in history.failures] == [last] == [max(range(history.state.num_asked))]
 
 
 def test_where_no_worker_was_ever_heard_of_the_run_folder_is_asked_after(run: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_full_disk_at_the_start_is_no_refusal(run: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_json", full)
-        with pytest.raises(Stopped, match="cannot write: .*No space left"):
+        with pytest.raises(Stopped, match="the file system fails: .*No space left"):
             doubles.search(run, SETTINGS)
     assert doubles.search(run, SETTINGS).state.complete
 

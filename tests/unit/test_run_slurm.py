@@ -197,9 +197,10 @@ def test_submissions_that_fail_in_a_way_that_may_pass_are_tried_less_and_less_of
         one.launch([f"w{k}"], [])
         queue.controller = True
         began = queue.now
-        while not one.room():
+        while not (room := one.room()):
             queue.now += 5
         waits.append(queue.now - began)
+        assert room == 1  # to see whether they go on
     assert waits == [20, 40, 80, 160, 320, 600, 600, 600]
     turns(one, queue, 130)
     assert not one.alive("w0") and one.ended("w0") == "not started"
@@ -528,13 +529,27 @@ def test_a_job_that_has_ended_counts_as_gone_once_that_is_seen_twice(run: Path, 
     assert not one.alive("w0")
 
 
-@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "SUSPENDED", "REQUEUED", "COMPLETING", "SOMETHING_NEW"])
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "SUSPENDED", "REQUEUED", "SOMETHING_NEW"])
 def test_any_other_state_is_a_life(run: Path, queue: Queue, state: str) -> None:
     one, _ = backend(run)
     one.adopt("w0", "w0", 0)
     queue.shows({"5": ("lemonade-01234567-w0", state)})
     turns(one, queue, 2000)
     assert one.alive("w0")
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_a_job_that_does_not_come_to_its_end_is_waited_for_so_long(run: Path, queue: Queue, goodbye: bool) -> None:
+    """Its node hangs: neither the worker's place nor its child are to wait for somebody to mend that."""
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    queue.shows({"5": ("lemonade-01234567-w0", "COMPLETING")})
+    if goodbye:
+        assert one.ended("w0") is None
+    turns(one, queue, 590)
+    assert one.alive("w0") and (not goodbye or one.ended("w0") is None)
+    turns(one, queue, 200)
+    assert not one.alive("w0") and one.ended("w0") == "hung at its end"
 
 
 def test_a_failed_query_is_not_no_job(run: Path, queue: Queue) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -366,7 +367,7 @@ def test_a_signal_ends_a_worker_without_a_child_at_once(desk: Desk) -> None:
     desk.send(task(0))
     desk.steps(3)
     desk.send(task(1))
-    desk.worker.signalled = True
+    desk.worker.caught.append(signal.SIGUSR2)
     assert not desk.worker.step()
     assert bye(desk) == "signalled" and desk.trainers[0].killed and desk.trainers[0].num_saves == 0
 
@@ -376,9 +377,9 @@ def test_a_signal_has_the_child_saved_first(desk: Desk) -> None:
     desk.words[0] = "hang"
     desk.send(task(0), task(1))
     desk.steps()
-    desk.worker.signalled = True
+    desk.worker.caught.append(signal.SIGUSR2)
     assert desk.worker.step() and desk.worker.step() and desk.wait(5)
-    desk.worker.signalled = True
+    desk.worker.caught.append(signal.SIGUSR2)
     assert desk.wait(4.9) and desk.trainers[0].num_saves == 1 and not desk.trainers[0].killed
     assert desk.heard("alive")
     desk.trainers[0].messages.append(saved(0))
@@ -394,7 +395,7 @@ def test_a_checkpoint_that_does_not_come_is_not_waited_for(desk: Desk) -> None:
     desk.steps()
     desk.trainers[0].messages.append(saved(0))
     desk.steps()
-    desk.worker.signalled = True
+    desk.worker.caught.append(signal.SIGUSR2)
     assert desk.worker.step() and desk.wait(worker.SAVE_S - 0.1)  # the one that was taken before is not the one
     assert not desk.wait(0.2)
     assert bye(desk) == "signalled" and desk.trainers[0].killed
@@ -404,7 +405,7 @@ def test_an_outcome_that_comes_instead_of_a_checkpoint_is_reported(desk: Desk) -
     desk.words[0] = "hang"
     desk.send(task(0), task(1))
     desk.steps()
-    desk.worker.signalled = True
+    desk.worker.caught.append(signal.SIGUSR2)
     assert desk.worker.step()
     desk.trainers[0].messages.append(doubles.outcome(task(0), desk.run))
     assert not desk.worker.step()
@@ -416,7 +417,7 @@ def test_a_trainer_that_is_not_ready_has_nothing_to_save(desk: Desk) -> None:
     desk.send(task(0))
     assert desk.worker.step()
     assert desk.trainers and not desk.worker._ready
-    desk.worker.signalled = True
+    desk.worker.caught.append(signal.SIGUSR2)
     desk.trainers[0].messages.clear()
     assert not desk.worker.step()
     assert desk.trainers[0].num_saves == 0
@@ -426,7 +427,7 @@ def test_who_waits_for_a_checkpoint_waits_no_longer_when_told_to_stop(desk: Desk
     desk.words[0] = "hang"
     desk.send(task(0))
     desk.steps()
-    desk.worker.signalled = True
+    desk.worker.caught.append(signal.SIGUSR2)
     assert desk.worker.step()
     desk.clock.now += worker.SAVE_S - 1
     desk.send({"do": "stop"})
@@ -441,7 +442,7 @@ def test_a_child_that_its_time_does_not_suffice_for_is_saved_and_given_back(desk
     desk.send(task(0), task(1))
     assert desk.steps() and desk.wait(99) and desk.trainers[0].num_saves == 0
     assert desk.wait(1) and desk.trainers[0].num_saves == 1
-    desk.worker.signalled = True  # as Slurm does at about that time
+    desk.worker.caught.append(signal.SIGUSR2)  # as Slurm does at about that time
     assert desk.wait(1) and desk.trainers[0].num_saves == 1
     desk.trainers[0].messages.append(saved(0))
     assert not desk.worker.step()
@@ -842,8 +843,55 @@ def test_a_worker_leaves_a_coordinator_of_another_version_or_whose_workers_are_i
     assert desk.steps(2)
     if what == "code":
         monkeypatch.setattr(lease, "__version__", "9.9")
+    desk.words[1] = "hang"
+    desk.send(task(1))
+    assert desk.steps()
     desk.open_epoch(image="0123" if what == "image" else None)
-    assert not desk.steps(2) and desk.heard("bye")[0]["reason"] == "given up by a later coordinator"
+    assert desk.steps(2) and desk.trainers[0].num_saves == 1  # its child goes on elsewhere
+    desk.trainers[0].messages.append(saved(1))
+    assert not desk.steps(2) and desk.heard("bye")[0]["reason"] == worker.OTHER
+
+
+@pytest.mark.parametrize("where", ["the log", "the list of epochs", "the mailbox"])
+def test_a_worker_outlives_a_file_system_that_is_away(desk: Desk, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    assert desk.steps()
+    back_at = desk.clock.now + 60
+    owner, name = {"the log": (worker.LogWriter, "append"), "the list of epochs": (files, "epochs"),
+                   "the mailbox": (worker.LogReader, "poll")}[where]  # fmt: skip
+    real = getattr(owner, name)
+
+    def away(*args: Any, **options: Any) -> Any:
+        if desk.clock.now < back_at:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, name, away)
+    desk.clock.now += worker.BEAT_S
+    assert desk.steps() and desk.clock.now >= back_at and not desk.trainers[0].killed
+    back_at = desk.clock.now + worker.OUTAGE_S + 100
+    desk.clock.now += worker.BEAT_S
+    with pytest.raises(OSError, match="Input/output error"):
+        desk.steps()
+
+
+def test_a_signal_is_known_where_a_worker_waits(desk: Desk) -> None:
+    """There it spends its time, and there its trainer dies of the same signal."""
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    assert desk.steps()
+    wait = desk.trainers[0].wait
+
+    def struck(seconds: float) -> None:
+        desk.worker.caught.append(signal.SIGTERM)
+        desk.trainers[0].death = "killed by SIGBUS"
+        wait(seconds)
+
+    desk.trainers[0].wait = struck  # type: ignore[method-assign]
+    desk.worker.wait()
+    assert not desk.steps(3)
+    assert [message["say"] for message in desk.heard() if message["say"] in ("crashed", "unfit", "bye")] == ["bye"]
 
 
 @pytest.mark.parametrize("ready", [True, False])
@@ -854,7 +902,7 @@ def test_a_trainer_that_dies_with_the_signal_to_its_worker_is_at_no_fault(desk: 
     assert desk.steps()
     if not ready:
         desk.worker._ready = False
-    desk.worker.signalled = True
+    desk.worker.caught.append(signal.SIGUSR2)
     desk.trainers[0].death = "killed by SIGBUS"
     assert not desk.steps(3)
     said = desk.heard()
