@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from lemonade_hpc import __version__, config, files
+from lemonade_hpc import __version__, config, explain, files
 
 if TYPE_CHECKING:
     from lemonade_hpc.run.record import Loaded
@@ -56,7 +56,7 @@ def init(
         files.write(path, template().encode())
     except OSError as error:
         raise config.ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-    typer.echo(f"wrote {path}; edit it, then: {shlex.join(['lemonade-hpc', 'search', str(path)])}")
+    typer.echo(f"wrote {path}; edit it, then: {explain.command('search', str(path))}")
 
 
 @app.command()
@@ -98,11 +98,11 @@ def _how_to_go_on(source: str, run: Path | None, halted: bool) -> str:
 
     folder = ["--run", str(run)] if run is not None else []
     if not chain.is_link():
-        return f"Nothing is lost. To go on: {shlex.join(['lemonade-hpc', 'search', source, *folder])}"
+        return f"Nothing is lost. To go on: {explain.command('search', source, *folder)}"
     if halted:
-        return f"Nothing is lost. To go on: lemonade-hpc submit, with your YAML file, {shlex.join(folder)}"
-    cancel = shlex.join(["lemonade-hpc", "cancel", *folder[1:]])
-    return f"Nothing is lost: the next coordinator, which is in the queue, goes on. To end that: {cancel}"
+        return f"Nothing is lost. To go on: {explain.command('submit')} with your YAML file, {shlex.join(folder)}"
+    cancel = explain.command("cancel", *folder[1:])
+    return f"Nothing is lost: the next coordinator goes on, unless its job was cancelled. To end it all: {cancel}"
 
 
 @app.command()
@@ -115,18 +115,22 @@ def submit(
     """Submit the search as a job of its own, which is followed by others until it is complete."""
     settings, folder = config.load(source), run if run is not None else Path(Path(source).stem)
 
-    from lemonade_hpc.run import session
+    from lemonade_hpc.run import disk, session
+    from lemonade_hpc.run.host import helper
 
     if only_print:
         coordinator, worker = session.submission(settings, folder)
         typer.echo(f"# ---- the coordinator\n{coordinator}\n# ---- a worker\n{worker}")
         return
     job = session.submit(settings, folder, take_over=take_over)
-    words = shlex.quote(str(folder))
+    status, stop = (explain.command(name, str(folder)) for name in ("status", "stop"))
     typer.echo(
         f"submitted job {job}; its log: {folder / files.SLURM / f'coordinator-{job}.log'}\n"
-        f"how it goes: lemonade-hpc status {words}\nto end it: lemonade-hpc stop {words}, or cancel"
+        f"how it goes: {status}\nto end it: {stop} (or cancel)"
     )
+    where = disk.kind(Path(helper.existing(str(folder))), settings.cluster)
+    if where.fix:
+        typer.echo(f"warning: {where.seen}; {where.fix}", err=True)
 
 
 def _show_result(run: Path) -> None:
@@ -371,6 +375,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="replace")  # a locale that lacks a character must not end a command
     try:
         app(arguments)
+    except BrokenPipeError:  # whoever read this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
     except Exception as error:
         code = _exit_code(error)
         if code is None:

@@ -1,16 +1,24 @@
 """What is wrong with a configuration, in the user's words: the key, what was given, what is allowed.
 
-Decides: how errors of YAML and pydantic are told. Never what is legal: the models do (`config.py`).
+Decides: how errors of YAML and pydantic are told, and how our own commands are. Never what is legal: the models do
+(`config.py`).
 """
 
 from __future__ import annotations
 
 import difflib
+import os
+import shlex
 from collections.abc import Iterator
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel
+
+
+def command(*words: str) -> str:
+    """What a person types for one of our commands; where this is an image, as its helper outside was called."""
+    return " ".join([os.environ.get("LEMONADE_AS", "lemonade-hpc"), shlex.join(words)])
 
 
 def mistakes(node: yaml.Node | None) -> Iterator[str]:

@@ -138,7 +138,7 @@ def _cancel_jobs(run_id: str, state: str | None = None) -> list[str]:
     """Cancel the jobs of a run's workers, or those that are in one state."""
     answer = queue.jobs_of(run_id)
     if answer is None or not answer.all:
-        raise ConfigError("squeue does not answer: whether workers are left is not known; try again later")
+        raise ConfigError(f"{queue.silence()}: whether workers are left is not known")
     workers = [job for (launch, _), job in answer.jobs.items() if launch != queue.COORDINATOR]
     living = sorted(job.id for job in workers if job.state not in queue.ENDED and state in (None, job.state))
     if living and queue.ask("scancel", *living) is None:

@@ -122,7 +122,7 @@ def queued(run_id: str) -> list[str]:
     """The jobs of a run's chain, at work or not yet; raises ConfigError where Slurm does not say."""
     answer = _jobs(run_id, f"--states={LIVING}")
     if answer is None:
-        raise ConfigError("squeue does not answer: whether a coordinator is in the queue is not known; try again later")
+        raise ConfigError(f"{queue.silence()}: whether a coordinator is in the queue is not known")
     return answer
 
 
@@ -172,5 +172,5 @@ def refuse_to_go_on(run: Path, loaded: Loaded, note: Callable[[str], None]) -> N
     if history.num_crashes >= MAX_CRASHES:
         raise RunFailed(
             f"{history.num_crashes} coordinators in a row died with no child finished: see {files.SLURM}/*.log in the "
-            f"run folder, mend the cause and submit again; lemonade-hpc cancel ends workers that are left"
+            f"run folder, mend the cause and submit again; `cancel` ends workers that are left"
         )

@@ -46,7 +46,7 @@ WATCH = (
 
 def checks(folder: Path, cluster: Cluster) -> Iterator[Check]:
     """Every check of a folder that exists; those that need to write are left out where that cannot be."""
-    yield _kind(folder, cluster)
+    yield kind(folder, cluster)
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f"{files.TEMPORARY}doctor-", dir=folder))
     except OSError as error:
@@ -104,14 +104,14 @@ def _left_text(gb: float, inodes: float) -> str:
     return f"{gb:.1f} GB and {f'{inodes:,.0f}' if inodes < float('inf') else 'any number of'} inodes are free"
 
 
-def _kind(folder: Path, cluster: Cluster) -> Check:
+def kind(folder: Path, cluster: Cluster) -> Check:
     """Its type, and whether `cluster.stale_s` fits: how late a node may see what another has written."""
-    name, kind = "file system", kind_of(folder)
+    name, is_ = "file system", kind_of(folder)
     if cluster.backend != "slurm":
-        return Check(name, OK, f"{folder}: {kind}")
+        return Check(name, OK, f"{folder}: {is_}")
     stale_s = files.STALE_S if cluster.stale_s is None else cluster.stale_s
-    seen = f"{folder}: {kind}; cluster.stale_s is {stale_s:g}"
-    if kind in LOCAL:
+    seen = f"{folder}: {is_}; cluster.stale_s is {stale_s:g}"
+    if is_ in LOCAL:
         if not stale_s:
             return Check(name, OK, f"{seen}, so all nodes are taken to be on this machine")
         fix = (
@@ -119,7 +119,7 @@ def _kind(folder: Path, cluster: Cluster) -> Check:
             "this machine is the only node, cluster: {stale_s: 0}"
         )
         return Check(name, WARN, f"{seen}; it may be a disk that only this machine sees", fix)
-    if kind in COHERENT:
+    if is_ in COHERENT:
         return Check(name, OK, f"{seen}{'; 0 is enough there, and a successor begins sooner' if stale_s else ''}")
     if stale_s < files.STALE_S:
         late = f"nodes may see each other's files {files.STALE_S:g} s late"

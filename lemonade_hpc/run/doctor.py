@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lemonade_hpc import __version__, files
+from lemonade_hpc import __version__, explain, files
 from lemonade_hpc import data as data_sets
 from lemonade_hpc.config import Cluster, Config, ConfigError, resolve
 from lemonade_hpc.run import checks, container, disk, request, scheduler
@@ -53,14 +53,16 @@ def doctor(config: Config, run: Path) -> list[Check]:
     """Every check. Raises ConfigError where the configuration is wrong whatever the site is."""
     if run.exists() and not run.is_dir():
         raise ConfigError(f"{run}: exists and is no folder; give another --run")
-    found, shape = _data(config)
-    if shape is not None:
-        resolve(config, shape)
+    found, data = _data(config)
+    if data is not None:
+        config = resolve(config, data.shape)
     folder = Path(helper.existing(str(run)))
     site = _site(config, folder)
     made = [*site.checks, *checks.each("image", partial(_image, config, folder, site))]
     made += checks.each("GPU", partial(_gpu, config, folder, site))
     made.append(found)
+    if data is not None and (run / files.RUN).exists():
+        made += checks.each("run", partial(_run, config, data, run))
     made += checks.each("run folder", partial(disk.checks, folder, config.cluster))
     if config.cluster.backend == "slurm" and container.is_inside() and helper.HOST not in os.environ:
         made.append(unknown("Slurm", "there is none inside an image that was not started by the helper", "see above"))
@@ -71,8 +73,8 @@ def doctor(config: Config, run: Path) -> list[Check]:
     return made
 
 
-def _data(config: Config) -> tuple[Check, tuple[int, int, int] | None]:
-    """Whether the data can be read, and the shape of an image."""
+def _data(config: Config) -> tuple[Check, data_sets.DataSet | None]:
+    """Whether the data can be read; what was read."""
     source = config.data.root or config.data.name
     try:
         data = data_sets.load(config.data)
@@ -80,7 +82,17 @@ def _data(config: Config) -> tuple[Check, tuple[int, int, int] | None]:
         fix = "put the data there, readable, or say where it is: data.root; every node must see it by that name"
         return Check("data", FAIL, str(error), fix), None
     counts = ", ".join(f"{len(part.labels):,}" for part in (data.train, data.validation, data.test))
-    return Check("data", OK, f"{source}: {counts} images to train on, for validation, for test"), data.shape
+    return Check("data", OK, f"{source}: {counts} images to train on, for validation, for test"), data
+
+
+def _run(config: Config, data: data_sets.DataSet, run: Path) -> Iterator[Check]:
+    """Whether a run that has begun would go on."""
+    from lemonade_hpc.run import session
+
+    try:
+        yield Check("run", OK, session.check_run(config, data, run))
+    except ConfigError as error:
+        yield Check("run", FAIL, str(error), "give what it was started with, or another --run folder")
 
 
 # ---------------------------------------------------------------- the host and the image
@@ -94,7 +106,7 @@ def _site(config: Config, folder: Path) -> Site:
     elif helper.HOST in os.environ:
         told = json.loads(os.environ[helper.HOST])
     else:
-        fix = "start doctor, and all other commands, by the helper from outside: python3 lemonade-hpc doctor ..."
+        fix = "start doctor, and all other commands, by the helper from outside: ./lemonade-hpc doctor ..."
         return Site((unknown("this machine", "this image was not started by the helper", fix),), (), "", False, None)
     made = tuple(Check(one["check"], one["state"], one["seen"], one["fix"]) for one in told["checks"])
     return Site(made, tuple(told["commands"]), told["user"], told["gpu"], told["helper"])
@@ -205,10 +217,10 @@ def _visible(done: subprocess.CompletedProcess[str], needed: bool) -> Check:
 
 def _where(cluster: Cluster) -> str:
     """How to run doctor on a machine that has one."""
-    command = "python3 lemonade-hpc" if container.is_inside() else "lemonade-hpc"
+    command = explain.command("doctor", "...")
     if cluster.backend != "slurm":
-        return f"run it on a machine that has one: {command} doctor ..., or cluster: {{device: cpu}}"
+        return f"run it on a machine that has one: {command}, or cluster: {{device: cpu}}"
     gres = None if "gres" in cluster.skip else cluster.gres or f"gpu:{cluster.gpus}"
     asked = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "gres": gres}
     options = [f"--{key}={value}" for key, value in (asked | cluster.extra).items() if value]
-    return f"run it on a node that has one: {shlex.join(['srun', *options])} {command} doctor ..."
+    return f"run it on a node that has one: {shlex.join(['srun', *options])} {command}"

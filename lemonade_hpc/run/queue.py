@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -216,6 +217,13 @@ def _tasks(said: str) -> Iterator[int]:
 def environment() -> dict[str, str]:
     """What Slurm's commands are to see: not the job that this process may be in."""
     return helper.outside_a_job(os.environ)
+
+
+def silence() -> str:
+    """Why squeue has not answered, and what to do, in words."""
+    if shutil.which("squeue") is None:
+        return "squeue cannot be found here; go where jobs are submitted (from inside an image: start it by the helper)"
+    return "squeue does not answer; try again later"
 
 
 def ask(*command: str) -> str | None:

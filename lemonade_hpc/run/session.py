@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from lemonade_hpc import data as data_sets
-from lemonade_hpc import files
+from lemonade_hpc import explain, files
 from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
 from lemonade_hpc.run import backends, chain, container, lease, population, queue, record, request, slurm
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
@@ -92,7 +92,7 @@ def _open(config: Config, run: Path, observer: Observer, *, take_over: bool) -> 
                 for text in _overspent(history):
                     observer.note(text)
                 return history
-            _same_image(config, run, image, observer.note)
+            _same_image(config, run, history, image, observer.note)
             if not new and chain.begun_by_a_person():
                 _check_backend(config)
             chain.refuse_to_go_on(run, loaded, observer.note)
@@ -138,7 +138,7 @@ def _tell_who_goes_on(coordinator: Coordinator, observer: Observer) -> None:
     if cluster.backend == "slurm" and coordinator.num_workers:
         observer.note(
             f"{coordinator.num_workers} workers go on: they end what they have, and leave when they have waited for "
-            f"{cluster.idle_exit_min:g} minutes; lemonade-hpc cancel {coordinator.run} ends them at once"
+            f"{cluster.idle_exit_min:g} minutes; {explain.command('cancel', str(coordinator.run))} ends them at once"
         )
 
 
@@ -150,13 +150,23 @@ def submit(config: Config, run: Path, *, take_over: bool = False) -> str:
     image = container.read(config)
     fixed = _prepare(config, data, run, image)
     lease.check_free(run, take_over=take_over)
-    _refuse_to_wait_for_nothing(run, fixed)
-    _same_image(config, run, image, lambda text: None)
+    _refuse_to_wait_for_nothing(config, run, fixed, image)
     return chain.begin(config, run, take_over=take_over)
 
 
-def _refuse_to_wait_for_nothing(run: Path, fixed: Problem) -> None:
-    """Raise ConfigError for a run that has nothing left to do, or never will: its job might wait for hours."""
+def check_run(config: Config, data: data_sets.DataSet, run: Path) -> str:
+    """Whether a run that has begun goes on with this configuration, data and image; what it has done, in words.
+
+    Raises ConfigError.
+    """
+    fixed = _go_on(config, data, run)
+    _refuse_to_wait_for_nothing(config, run, fixed, container.read(config))
+    state = record.load(run, fixed).history.state
+    return f"{run}: goes on, {state.num_committed} children are done"
+
+
+def _refuse_to_wait_for_nothing(config: Config, run: Path, fixed: Problem, image: Image | None) -> None:
+    """Raise ConfigError for a run that will not go on, or has nothing left to do: its job might wait for hours."""
     with contextlib.suppress(RecordError):  # it may be seen late; its coordinator will find out
         loaded = record.load(run, fixed)
         state = loaded.history.state
@@ -164,6 +174,7 @@ def _refuse_to_wait_for_nothing(run: Path, fixed: Problem) -> None:
             raise ConfigError(f"{run}: is complete, {state.num_committed} children; raise search.children to go on")
         if state.num_asks and not state.members and not state.in_flight:
             raise ConfigError(f"{run}: no initial network is valid; mend the cause and give another --run folder")
+        _same_image(config, run, loaded.history, image, lambda text: None)
 
 
 def submission(config: Config, run: Path) -> tuple[str, str]:
@@ -264,10 +275,10 @@ def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run:
         raise ConfigError(f"{run}: was started with other data than {source} gives now (checksum differs)")
 
 
-def _same_image(config: Config, run: Path, image: Image | None, note: Callable[[str], None]) -> None:
+def _same_image(config: Config, run: Path, history: History, image: Image | None, note: Callable[[str], None]) -> None:
     """Refuse to go on in another image than last, unless that is allowed: what computes may compute otherwise."""
     numbers = files.epochs(run)
-    if not numbers:
+    if not numbers or not history.state.num_committed:
         return  # nothing has been computed
     try:
         before = lease.read_owner(run, numbers[-1]).get("image")

@@ -88,7 +88,7 @@ def check_script(text: str, what: str) -> str | None:
     """
     said = refusal(text)
     if said is not None and not may_pass(said) and not CROWDED.search(said) and NODES_MAY_BE_DOWN not in said.lower():
-        raise ConfigError(f"cluster: Slurm refuses {what}. It says: {said}\n`lemonade-hpc doctor` says which setting")
+        raise ConfigError(f"cluster: Slurm refuses {what}. It says: {said}\n`doctor` says which setting")
     return said
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from lemonade_hpc import files
 from lemonade_hpc.config import from_dict
+from lemonade_hpc.run import chain, lease, owner, population, queue, record
 from lemonade_hpc.run import history as histories
-from lemonade_hpc.run import lease, owner, population, queue, record
 from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.history import History
 from lemonade_hpc.run.record import Loaded, RecordError
@@ -23,6 +23,8 @@ from lemonade_hpc.search.evolution import Problem
 
 Judge = Callable[[dict[str, Any]], owner.Verdict]
 Look = Callable[[str], tuple[dict[queue.Place, queue.Job], list[queue.Job]] | None]
+SUBMITTED = "Submitted batch job"
+"""What sbatch says in a coordinator's log of its successor: no news."""
 NUM_FAILURES = 10
 LOOK_S = 0.5
 """Time between looks at what may be late."""
@@ -104,7 +106,9 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
         "why_closed": history.why_closed if history.complete is None else None,
         "stopping": running and (run / files.stop_order(numbers[-1])).stat().st_size > 0,
         "coordinators": None if coordinators is None else others,
+        "job_name": chain.job_name(content["run"]) if (run / files.SLURM / chain.TEMPLATE.name).exists() else None,
         "log": str(logs[-1]) if logs else None,
+        "log_is_newer": bool(logs) and _is_newer(run, logs[-1], numbers, who.get("slurm_job")),
         "log_ends": _last_line(logs[-1]) if logs else None,
         "warnings": list(loaded.warnings),
         "data": {
@@ -133,12 +137,19 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
     }
 
 
+def _is_newer(run: Path, log: Path, epochs: list[int], job: str | None) -> bool:
+    """Whether a coordinator's log is of one after the last that has begun."""
+    beaten = (run / files.heartbeat(epochs[-1])).stat().st_mtime if epochs else 0.0
+    return log.stem.rpartition("-")[2] != job and log.stat().st_mtime > beaten
+
+
 def _last_line(log: Path) -> str:
     """What a log ends with, of its last kilobytes."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else ""
+    told = [line.strip() for line in lines if not line.startswith(SUBMITTED)]
+    return told[-1] if told else ""
 
 
 def children(history: History, run: Path) -> list[dict[str, Any]]:

@@ -181,9 +181,15 @@ def _life_text(data: Mapping[str, Any]) -> str:
         follows = f"; a coordinator waits in the queue: {', '.join(waiting)}"
     else:
         follows = "; the same command goes on" if state == "stopped" else ""
-    log = f"\nthe last log of a submitted coordinator: {data['log']}" if data["log"] and not why else ""
-    log += f"\nit ends: {data['log_ends']}" if log and data["log_ends"] else ""
-    return f"{state}{why}{follows}{log}"
+    if data["log"] and (not why or data["log_is_newer"]):
+        ends = f"\nit ends: {data['log_ends']}" if data["log_ends"] else "; it is empty: sacct may know more"
+        follows += f"\nthe last log of a submitted coordinator: {data['log']}{ends}"
+    elif data["job_name"] and data["coordinators"] == [] and not why:
+        follows += (
+            f"\nits coordinator has left the queue and no log: do the nodes see this folder?"
+            f"\nmore may be known to: sacct -X --name={data['job_name']}"
+        )
+    return f"{state}{why}{follows}"
 
 
 def _doing_text(worker: Mapping[str, Any], *, asked: bool = False) -> str:

@@ -110,6 +110,11 @@ path = ([home + "/shims"] if given.pop("PREPEND_PATH", None) else []) + [os.envi
 environ = {{"PATH": ":".join(path), "PYTHONPATH": {package!r}, "APPTAINER_CONTAINER": image, **given}}
 start = {{"python3": [sys.executable], "lemonade-hpc": [sys.executable, "-m", "lemonade_hpc.cli"]}}
 words = start.get(words[0], words[:1]) + words[1:]
+if words[1:2] == ["-c"] and words[2].startswith("import torch,"):
+    if "torch" in plan:
+        sys.exit(plan["torch"])
+    print("2.14.1")
+    sys.exit(0)
 if plan.get("inside") and words[1:2] == ["-c"]:
     words = [sys.executable, "-c", plan["inside"]]
 os.execvpe(words[0], words, environ)

@@ -126,7 +126,7 @@ def test_a_coordinator_that_slurm_would_refuse_is_told_before_anything_is_writte
     (commands.folder / "sbatch").write_text(f"#!/bin/bash\n{fails}\nexit 0\n")
     with pytest.raises(
         ConfigError,
-        match="refuses the coordinator's job. It says: .*invalid partition.*: nosuch\n`lemonade-hpc doctor`",
+        match="refuses the coordinator's job. It says: .*invalid partition.*: nosuch\n`doctor`",
     ):
         session.submit(settings(coordinator_partition="nosuch"), run)
     assert not run.exists()
@@ -549,6 +549,19 @@ def test_a_job_of_ones_own_that_nobody_has_an_account_of_is_over_once_the_queue_
         assert queue.judge(who) == "alive" and queue.judge(who | {"cluster": "b"}) == "unknown"
 
 
+def test_where_there_is_no_squeue_it_is_said_where_there_is_one(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside an image that was not started by its helper, it never answers."""
+    session.submit(settings(), run)
+    commands.fail("squeue")
+    with pytest.raises(ConfigError, match="squeue does not answer; try again later: whether a coordinator is"):
+        cancel.cancel(run)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"squeue cannot be found here; .*start it by the helper"):
+        cancel.cancel(run)
+
+
 def test_what_is_known_of_the_process_needs_no_slurm(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     for known in ("alive", "gone"):
         monkeypatch.setattr(queue.owner, "judge", lambda who, known=known: known)
@@ -706,12 +719,19 @@ def test_the_status_shows_what_waits_in_the_queue_of_a_run_that_is_not_complete(
         doubles.search(run, settings(max_workers=1, stale_s=0), backend=dying(run))
     id = record.read_identity(run)["run"]
     (run / files.SLURM).mkdir()
-    (run / files.SLURM / "coordinator-8.log").touch()
+    log = run / files.SLURM / "coordinator-8.log"
+    log.write_text("module: not found\nSubmitted batch job 9\n")
     name = chain.job_name(id)
     commands.say("squeue", f"9|{name}|PENDING|Dependency|\n8|{name}|FAILED|NonZeroExitCode|n1\n7|x|RUNNING|None|n2\n")
     told = status.status(run, lambda who: "gone")
     assert told["coordinators"] == [{"id": "9", "state": "PENDING", "reason": "Dependency", "node": ""}]
-    assert told["log"] == str(run / files.SLURM / "coordinator-8.log")
+    assert told["log"] == str(log) and told["log_ends"] == "module: not found" and told["job_name"] is None
+    beat = (run / files.heartbeat(1)).stat().st_mtime
+    for later_s, newer in ((5, True), (-5, False)):
+        os.utime(log, (beat + later_s, beat + later_s))
+        assert status.status(run, lambda who: "gone")["log_is_newer"] == newer
+    (run / files.SLURM / "coordinator.sbatch").touch()
+    assert status.status(run, lambda who: "gone")["job_name"] == name
     commands.fail("squeue")
     assert status.status(run, lambda who: "gone")["coordinators"] is None
 

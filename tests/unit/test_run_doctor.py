@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 
 from lemonade_hpc import cli
+from lemonade_hpc import config as configs
+from lemonade_hpc import data as data_sets
 from lemonade_hpc.config import ConfigError
-from lemonade_hpc.run import checks, container, disk
+from lemonade_hpc.run import checks, container, disk, session
 from lemonade_hpc.run.checks import FAIL, OK, WARN, Check
 from lemonade_hpc.run.host import helper
 
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_site import Site, as_ordinary_user, examine, healthy, one, others_are_ok, tree, without_image  # noqa: E402
 
-OUTSIDE = ["this machine", "Apptainer", "image", "start", "binds", "version", "GPU", "data"]
+OUTSIDE = ["this machine", "Apptainer", "image", "start", "imports", "binds", "version", "GPU", "data"]
 FOLDER = ["file system", "write permission", "free space", "durable writes", "visibility"]
 SLURM = [
     "Slurm's commands", "sacct", "MaxArraySize", "MinJobAge", "PreemptMode", "JobRequeue", "MaxSubmitJobs",
@@ -112,14 +114,15 @@ def forbidden_folder(site: Site) -> None:
     site.run.parent.chmod(0o555)
 
 
-AFTER_IMAGE = ["start", "binds", "version"]
+AFTER_START = ["imports", "binds", "version"]
+AFTER_IMAGE = ["start", *AFTER_START]
 FAULTS: list[tuple[Callable[[Site], None], str, str, str, str, list[str]]] = [
     (no_image, "image", FAIL, "lemonade.sif: No such file", "copy the image .* or name another: --image", AFTER_IMAGE),
     (unreadable_image, "image", FAIL, "lemonade.sif: Permission denied", r"chmod a\+r ", AFTER_IMAGE),
     (ignored_binds, "binds", FAIL, "/data, .*/runs. Apptainer says: Ignoring .* disabled by system administrator$",
      "ask the site .*user bind control = yes", ["version"]),
     (closed_fuse, "start", FAIL, "squashfuse_ll exited: fuse: failed to open /dev/fuse: Permission denied$",
-     "ask the site for .* /dev/fuse to be open .*cluster.setup: export APPTAINER_UNSQUASH=1", ["binds", "version"]),
+     "ask the site for .* /dev/fuse to be open .*cluster.setup: export APPTAINER_UNSQUASH=1", AFTER_START),
     (no_squashfuse, "start", WARN, r"^unpacked, \d.\d\d s to start each time, since FUSE cannot be used",
      r"ask the site for squashfuse.*\$APPTAINER_TMPDIR", []),
     (no_sbatch, "Slurm's commands", FAIL, "^sbatch: not on PATH", "module load slurm", SLURM[1:]),
@@ -226,6 +229,7 @@ def test_the_helper_shows_its_checks_as_lines_too(
         ({"fatal": "could not create user namespace: No space left"}, "start", FAIL, "^could not", "sysctl user.max"),
         ({"fatal": "unknown flag: --no-eval"}, "start", FAIL, "flag: --no-eval$", "a newer Apptainer"),
         ({"fatal": "who knows"}, "start", FAIL, "^who knows$", r"apptainer exec --cleanenv .*lemonade.sif true$"),
+        ({"torch": "OSError: Input/output error"}, "imports", FAIL, "Input/output error$", "copy the image again"),
         ({"inside": "print('0.0.9')"}, "version", FAIL, "^0.0.9 inside the image, ", "install 0.0.9 here, build the"),
         ({"inside": "raise SystemExit('no such module')"}, "version", FAIL, "no such module$", "containers/build"),
     ],
@@ -307,7 +311,7 @@ def test_inside_what_the_helper_has_found_is_shown(inside: Site, monkeypatch: py
     assert check.state == WARN and check.fix.endswith("cat /lemonade-hpc > lemonade-hpc")
     monkeypatch.delenv(helper.HOST)
     found = examine(inside)
-    assert one(found, "this machine").state == WARN and "python3 lemonade-hpc doctor" in one(found, "this machine").fix
+    assert one(found, "this machine").state == WARN and "./lemonade-hpc doctor" in one(found, "this machine").fix
     assert one(found, "Slurm").state == WARN and not [check for check in found if check.name == "Slurm's commands"]
 
 
@@ -386,6 +390,22 @@ def test_data_that_cannot_be_read_is_a_fault_of_the_site(site: Site) -> None:
     check = one(found, "data")
     assert check.state == FAIL and str(site.data) in check.seen and "data.root" in check.fix
     assert others_are_ok(found, "data")
+
+
+def test_a_run_that_would_not_go_on_is_told(site: Site) -> None:
+    """Started with other settings, in another image, or no run at all."""
+    config = configs.from_dict(site.settings(), "test")
+    data = data_sets.load(config.data)
+    config = configs.resolve(config, data.shape)
+    session._prepare(config, data, site.run, container.read(config))
+    check = one(examine(site), "run")
+    assert (check.state, check.seen) == (OK, f"{site.run}: goes on, 0 children are done")
+    path = site.run / "run.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
+    check = one(examine(site), "run")
+    assert check.state == FAIL and "was started with seed = 7, now it is 0" in check.seen and "--run" in check.fix
+    path.write_text("{}")
+    assert "cannot be read" in one(examine(site), "run").seen
 
 
 def test_a_wrong_configuration_is_exit_code_2_and_asks_nobody(

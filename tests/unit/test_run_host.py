@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from lemonade_hpc import explain
 from lemonade_hpc.run import chain, queue, site
 from lemonade_hpc.run.host import helper, shim
 
@@ -508,12 +509,50 @@ def test_without_apptainer_or_an_image_that_is_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SystemExit, match="apptainer cannot be found here; it may be a module"):
-        helper.main(["status", "run"])
+    assert helper.main(["status", "run"]) == 2
+    assert "error: apptainer cannot be found here; it may be a module" in capsys.readouterr().err
     (tmp_path / "apptainer").write_text("#!/bin/sh\n")
     (tmp_path / "apptainer").chmod(0o755)
-    with pytest.raises(SystemExit, match=r"no image that can be read: .*lemonade.sif; name one by --image"):
-        helper.main(["status", "run"])
+    assert helper.main(["status", "run"]) == 2
+    said = capsys.readouterr().err
+    assert "lemonade.sif: No such file or directory; copy the image (.sif) there, or name another: --image" in said
+    (tmp_path / "apptainer").write_text("#!/bin/sh\nexit 255\n")
+    (tmp_path / "lemonade.sif").touch()
+    assert helper.main(["status", "run"]) == 255
+    assert "could not start the image; lemonade-hpc doctor may say why" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "called"),
+    [("lemonade-hpc", 0o755, "python3 lemonade-hpc"), ("./lemonade-hpc", 0o755, "./lemonade-hpc"),
+     ("./lemonade-hpc", 0o644, "python3 ./lemonade-hpc"), ("a b/lemonade-hpc", 0o755, "'a b/lemonade-hpc'")],
+)  # fmt: skip
+def test_what_is_inside_tells_people_to_call_the_helper_as_they_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, mode: int, called: str
+) -> None:
+    """Also in the log of a job that follows from it."""
+    monkeypatch.chdir(tmp_path)
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).touch(mode)
+    Path(path).chmod(mode)
+    monkeypatch.setattr(sys, "argv", [path, "status"])
+    assert helper._called() == called
+    monkeypatch.setenv(helper.AS, called)
+    assert (
+        helper.environment(os.environ)["APPTAINERENV_LEMONADE_AS"]
+        == called
+        == helper.outside_a_job(os.environ)[helper.AS]
+    )
+    assert explain.command("stop", "my run") == f"{called} stop 'my run'"
+
+
+def test_a_folder_by_another_name_is_known_inside_by_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell's PWD may lead through a link, which is not there inside: Apptainer starts where PWD says."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "scratch").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "scratch")
+    monkeypatch.setenv("PWD", str(tmp_path / "scratch"))
+    assert helper.environment(os.environ)["PWD"] == str(tmp_path / "real")
 
 
 def test_what_is_asked_of_slurm_is_what_the_helper_knows() -> None:

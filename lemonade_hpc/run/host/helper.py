@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """The part of lemonade-hpc that is outside its image: starts a command inside, and runs Slurm's commands for it.
 
-    python3 helper.py [--image FILE] [--bind FOLDER]... search my.yaml --run my      # or any other command
+    lemonade-hpc [--image FILE] [--bind FOLDER]... search my.yaml --run my      # or any other command
 
 Decides: what of the host is seen inside (folders, by their own names; variables), and which commands of Slurm's, with
 which words, are run for what is inside. Those that it is not told of here are refused; all are written down in the
 run folder, `slurm/helper-*.log`. For `doctor`: what only the host can tell, and whether anything can be started inside.
-Standard library of Python 3.6 only: beside Apptainer, it is all that a cluster needs.
+Standard library of Python 3.6 only: beside Apptainer, it is all that a cluster needs, and so it is one file.
 """
 
 import os
@@ -35,6 +35,8 @@ import time
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 SOCKET = "LEMONADE_SOCKET"
+AS = "LEMONADE_AS"
+"""How a person has called this, for messages to her, also from jobs that follow."""
 SHIMS = "/opt/lemonade/shims"
 """Where the image has its commands of Slurm's."""
 KEPT = (
@@ -69,6 +71,8 @@ CONNECTIONS = 16
 """Served at a time; others wait."""
 REFUSED, TIMED_OUT, NOT_FOUND = 126, 124, 127
 """Exit codes of commands that were not run, were ended, or are not there."""
+NOT_STARTED, WRONG_INPUT = 255, 2
+"""Of Apptainer where it starts nothing; of this where something that was given is wrong."""
 
 NAMES = r"lemonade-[0-9a-f]{8}-[A-Za-z0-9]+(,lemonade-[0-9a-f]{8}-[A-Za-z0-9]+)*"
 JOB = r"\d+(_\d+)?"
@@ -319,7 +323,7 @@ def environment(environ: Mapping[str, str]) -> Dict[str, str]:
     kept = {"APPTAINERENV_" + key: value for key, value in environ.items() if re.fullmatch(KEPT, key)}
     dropped = LOADER if any(key in environ for key in LOADER) and _starts_without_loader(environ) else ()
     others = {key: value for key, value in environ.items() if key not in dropped and not re.fullmatch(PASSED_ON, key)}
-    return {**others, **kept}
+    return {**others, **kept, "PWD": os.getcwd()}  # there Apptainer starts: by another name, through a link, nothing is
 
 
 def _starts_without_loader(environ: Mapping[str, str]) -> bool:
@@ -444,6 +448,7 @@ def _startable(image: str, folders: List[str], nv: Optional[bool]) -> Iterator[D
     started = _start(image, environ, nv)
     yield started
     if started["state"] != FAIL:
+        yield _imported(image, environ, nv)
         yield _bound(image, folders, environ, nv)
 
 
@@ -470,7 +475,9 @@ def _readable(image: str) -> Dict[str, str]:
         if error.errno in (errno.EACCES, errno.EPERM):
             fix = "have its owner open it: chmod a+r {}, and a+x of the folders above".format(shlex.quote(image))
         else:
-            fix = "copy the image (.sif) there, or name another: --image, LEMONADE_IMAGE, container.image"
+            fix = "copy the image (.sif) there, or name another: --image, or LEMONADE_IMAGE (now {})".format(
+                shlex.quote(os.environ.get("LEMONADE_IMAGE", "not set"))
+            )
         return check("image", FAIL, "{}: {}".format(image, error.strerror), fix)
 
 
@@ -493,6 +500,17 @@ def _start(image: str, environ: Dict[str, str], nv: Optional[bool]) -> Dict[str,
         fix = FUSE_FIX + "$APPTAINER_TMPDIR (/tmp) of a node must have room for the image, once for each worker"
         return check(name, WARN, seen + " each time, since FUSE cannot be used", fix)
     return check(name, OK, seen)
+
+
+def _imported(image: str, environ: Dict[str, str], nv: Optional[bool]) -> Dict[str, str]:
+    """Whether what a worker imports can be read, and how long that takes: a damaged image may show itself only here."""
+    asked = "import torch, lemonade_hpc.run.worker as worker, lemonade_hpc.learn.lab; print(torch.__version__)"
+    code, out, err, took = _timed([*inside(image, [], nv), "python3", "-c", asked], environ)
+    if code:
+        said = (err.strip().splitlines() or ["exit code {}".format(code)])[-1]
+        fix = "copy the image again (compare the sha256sum): part of it cannot be read"
+        return check("imports", FAIL, "torch and this program: {}".format(said), fix)
+    return check("imports", OK, "torch {} and this program, in {:.1f} s".format(out.strip(), took))
 
 
 def _bound(image: str, folders: List[str], environ: Dict[str, str], nv: Optional[bool]) -> Dict[str, str]:
@@ -543,11 +561,13 @@ def show(checks: List[Dict[str, str]], as_json: bool) -> None:
 def main(arguments: List[str]) -> int:
     """Run one command inside the image; its exit code."""
     parser = argparse.ArgumentParser(description="Run lemonade-hpc in its image, from outside.")
-    parser.add_argument("--image", default=os.environ.get("LEMONADE_IMAGE"), help="default: lemonade.sif, here")
+    where = "default: LEMONADE_IMAGE; else lemonade.sif, here or beside this"
+    parser.add_argument("--image", default=os.environ.get("LEMONADE_IMAGE"), help=where)
     parser.add_argument("--bind", action="append", default=[], help="a further folder that is to be seen inside")
+    parser.add_argument("--version", action="store_true", help="the image's")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="a command of lemonade-hpc")
     given = parser.parse_args(arguments)
-    words = given.words or ["--help"]
+    words = given.words or ["--version" if given.version else "--help"]
     image, environ, run = _image(given.image), environment(os.environ), run_folder(words)
     told = {}  # type: Dict[str, str]
     if words[0] == "doctor":
@@ -557,18 +577,37 @@ def main(arguments: List[str]) -> int:
             return 1
         told["APPTAINERENV_" + HOST] = json.dumps(seen_of_host)
     if shutil.which("apptainer") is None:
-        sys.exit("error: apptainer cannot be found here; it may be a module: module load apptainer")
-    if not os.access(image, os.R_OK):
-        sys.exit("error: no image that can be read: {}; name one by --image or LEMONADE_IMAGE".format(image))
+        return _say("apptainer cannot be found here", "it may be a module: module load apptainer")
+    readable = _readable(image)
+    if readable["state"] == FAIL:
+        return _say(readable["seen"], readable["fix"])
     folders = [image, *given.bind, *_folders(image, words, environ)]
-    log = os.path.join(run, "slurm", "helper-{}-{}.log".format(socket.gethostname(), os.getpid()))
+    log = os.path.join(run, "slurm", "helper-{}.log".format(socket.gethostname()))
     helper = Helper(run if words[0] in WITH_CONFIG else None, log)
     try:
         folders.append(helper.folder)
         seen = {"APPTAINERENV_" + SOCKET: helper.path, "APPTAINERENV_PREPEND_PATH": SHIMS, **told}
-        return _wait([*inside(image, folders), "lemonade-hpc", *words], {**environ, **seen})
+        code = _wait([*inside(image, folders), "lemonade-hpc", *words], {**environ, **seen})
+        if code == NOT_STARTED:
+            _say(
+                "Apptainer could not start the image",
+                "{} doctor may say why".format(os.environ.get(AS, "lemonade-hpc")),
+            )
+        return code
     finally:
         helper.close()
+
+
+def _called() -> str:
+    path = sys.argv[0]
+    words = [path] if os.sep in path and os.access(path, os.X_OK) else ["python3", path]
+    return " ".join(map(shlex.quote, words))
+
+
+def _say(error: str, fix: str) -> int:
+    """Tell an error; the exit code of wrong input."""
+    print("error: {}; {}".format(error, fix), file=sys.stderr)
+    return WRONG_INPUT
 
 
 def _wait(words: List[str], environ: Dict[str, str]) -> int:
@@ -589,4 +628,5 @@ def _wait(words: List[str], environ: Dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(AS, _called())
     sys.exit(main(sys.argv[1:]))
