@@ -189,6 +189,17 @@ def test_a_coordinator_outside_has_its_workers_inside(site: Site, home: Path, ex
     complete(site, home, expected)
 
 
+def test_a_folder_by_another_name_is_as_good(site: Site, home: Path) -> None:
+    """`~/scratch` is a link, and the shell calls by it where one is."""
+    link = home.with_name("scratch")
+    link.symlink_to(home)
+    code, out, err = site.lemonade(home, "doctor", "my.yaml", "--json", PWD=str(link))
+    assert code == 0 and not told(json.loads(out), "fail"), out + err
+    code, out, err = site.lemonade(home, "init", "new.yaml", PWD=str(link))
+    assert (code, err) == (0, "") and "then: python3 lemonade-hpc search new.yaml" in out
+    link.unlink()
+
+
 # ---------------------------------------------------------------- what may happen
 
 
@@ -397,6 +408,13 @@ def test_doctor_finds_what_is_wrong_with_the_image(site: Site, home: Path, plant
     code, checks = plant("--image", "shut.sif")
     assert code == 1 and "chmod a+r" in told(checks, "fail")["image"]["fix"]
     (home / "shut.sif").chmod(0o644)
+    with open(home / "shut.sif", "r+b") as file:  # its size is right, and what it begins and ends with
+        file.seek(150 * 2**20)
+        file.write(bytes(60 * 2**20))
+    code, checks = plant("--image", "shut.sif")
+    failed = told(checks, "fail")
+    assert code == 1 and set(failed) <= {"start", "imports"}, checks
+    assert all("copy the image again" in check["fix"] for check in failed.values()), checks
     (home / "shut.sif").write_bytes(b"no image")
     code, checks = plant("--image", "shut.sif")
     assert code == 1 and "copy the image again" in told(checks, "fail")["start"]["fix"]

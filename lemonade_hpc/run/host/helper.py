@@ -408,7 +408,7 @@ STARTS = (
         FUSE_FIX + "here and in cluster.setup: export APPTAINER_UNSQUASH=1, with which each start unpacks the image",
     ),
     (r"user ?namespace", "ask the site for user namespaces (sysctl user.max_user_namespaces), or apptainer-suid"),
-    (r"not recognized|squashfs image", "copy the image again: it is damaged (compare the sha256sum), or is none"),
+    (r"not recognized|squashfs image|[Ii]nput/output error", "copy the image again: it is damaged (compare the sha256sum), or is none"),
     (r"unknown flag", "ask the site for a newer Apptainer; there may be a module"),
 )
 """What to do where it does not start, by what it says."""
