@@ -226,6 +226,7 @@ def test_the_helper_shows_its_checks_as_lines_too(
         ({"version": "apptainer version 1.0.3-1.el8"}, "Apptainer", WARN, r"^1\.0\.3-1\.el8, /", "1.1 or newer"),
         ({"version": "no", "version_code": 1}, "Apptainer", FAIL, "apptainer: no$", "mend its Apptainer"),
         ({"fatal": "While checking: format not recognized"}, "start", FAIL, "^While checking: format", "damaged"),
+        ({"fatal": "Squashfs image uses zstd compression"}, "start", FAIL, "zstd compression$", "-comp gzip"),
         ({"fatal": "could not create user namespace: No space left"}, "start", FAIL, "^could not", "sysctl user.max"),
         ({"fatal": "unknown flag: --no-eval"}, "start", FAIL, "flag: --no-eval$", "a newer Apptainer"),
         ({"fatal": "who knows"}, "start", FAIL, "^who knows$", r"apptainer exec --cleanenv .*lemonade.sif true$"),
