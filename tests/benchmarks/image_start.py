@@ -1,9 +1,10 @@
-"""What an image costs at the start of a process: torch imported outside, inside, and inside as if not compiled.
+"""What an image costs at the start of a process: torch imported outside, inside, and inside as if not compiled, and all
+that a worker imports, in the two processes that it is.
 
     python tests/benchmarks/image_start.py lemonade.sif [--rounds 5]      # not as root
 
-The Python that runs this is the one outside; it should have the image's torch. Prints JSON: seconds, medians of
-interleaved rounds, and the ratios to outside.
+The Python that runs this is the one outside; it should have the image's torch, and this project. Prints JSON: seconds,
+medians of interleaved rounds, and the ratios to outside.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from pathlib import Path
 from lemonade_hpc.run.host import helper
 
 NOTHING, TORCH = ["-c", "pass"], ["-c", "import torch; print(torch.__version__)"]
+WORKER = [
+    "-c",
+    "import subprocess, sys, submitit, lemonade_hpc.run.worker\n"
+    "subprocess.run([sys.executable, '-c', 'import lemonade_hpc.learn.lab'], check=True)",
+]
 UNCOMPILED = {"APPTAINERENV_PYTHONPYCACHEPREFIX": "/nowhere"}
 
 
@@ -44,6 +50,8 @@ def main() -> None:
         "torch outside": ([sys.executable, *TORCH], dict(os.environ)),
         "torch inside": ([*within, *TORCH], environ),
         "torch inside, not compiled": ([*within, *TORCH], environ | UNCOMPILED),
+        "worker outside": ([sys.executable, *WORKER], dict(os.environ)),
+        "worker inside": ([*within, *WORKER], environ),
     }
     times: dict[str, list[float]] = {name: [] for name in cases}
     said = {}
@@ -52,12 +60,16 @@ def main() -> None:
             seconds, said[name] = timed(command, seen)
             times[name].append(seconds)
     medians = {name: round(statistics.median(row[1:]), 3) for name, row in times.items()}
-    base = medians["torch outside"]
+    base = {name: medians[f"{name} outside"] for name in ("torch", "worker")}
     found = {
         "median_s": medians,
         "spread_s": {name: [round(min(row[1:]), 3), round(max(row[1:]), 3)] for name, row in times.items()},
         "torch": said,
-        "ratio_to_outside": {name: round(medians[name] / base, 2) for name in medians if name.startswith("torch")},
+        "ratio_to_outside": {
+            name: round(seconds / base[name.partition(" ")[0]], 2)
+            for name, seconds in medians.items()
+            if name.partition(" ")[0] in base
+        },
     }
     print(json.dumps(found, indent=1))
 

@@ -409,7 +409,10 @@ STARTS = (
     ),
     (r"user ?namespace", "ask the site for user namespaces (sysctl user.max_user_namespaces), or apptainer-suid"),
     (r"compression", "build the image for what can be read here: containers/build --mksquashfs-args='-comp gzip'"),
-    (r"not recognized|squashfs image|[Ii]nput/output error", "copy the image again: it is damaged (compare the sha256sum), or is none"),
+    (
+        r"not recognized|squashfs image|[Ii]nput/output error",
+        "copy the image again: it is damaged (compare the sha256sum), or is none",
+    ),
     (r"unknown flag", "ask the site for a newer Apptainer; there may be a module"),
 )
 """What to do where it does not start, by what it says."""
