@@ -80,7 +80,7 @@ def search(
         folder = run if run is not None else Path(Path(source).stem)
         try:
             with ProgressView(tables.console(stderr=True)) as view:
-                with session.patient(view.note):
+                with session.patient(view.note, folder):
                     settings = settings or config.load(source)
                 session.search(settings, folder, view, take_over=take_over)
         except Stopped as stop:
@@ -375,9 +375,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="replace")  # a locale that lacks a character must not end a command
     try:
         app(arguments)
-    except BrokenPipeError:  # whoever read this has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(FAILED)
     except Exception as error:
         code = _exit_code(error)
         if code is None:

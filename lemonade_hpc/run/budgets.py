@@ -78,9 +78,12 @@ def spent(history: History, retries: int) -> Iterator[Message]:
 def bad_nodes(history: History) -> Iterator[tuple[str, str]]:
     """Nodes that are to get no worker any more, and why.
 
-    A node that has trained children is only at fault where others do so too: else the children may be.
+    A node that has trained children is only at fault where another one that did does well: else the children may be,
+    or what all nodes share.
     """
-    for node, strikes in history.strikes.items():
-        alone = history.fruitful <= {node} and node in history.fruitful
-        if len(strikes) >= STRIKES and not alone and node not in history.excluded:
+    struck = {node for node, strikes in history.strikes.items() if len(strikes) >= STRIKES}
+    well = history.fruitful - struck - history.excluded.keys()
+    for node in struck - history.excluded.keys():
+        strikes = history.strikes[node]
+        if well or node not in history.fruitful:
             yield node, f"{', '.join(sorted(strikes))} came to grief there, one after another"

@@ -69,9 +69,10 @@ def cancel(run: Path) -> list[str]:
     stays = None
     if verdict == "alive":
         try:
-            done = _end_coordinator(who) + done + _end_chain(run, run_id)
-        except Hangs as error:  # it has been told, and starts nothing any more
+            done = _end_coordinator(who) + done
+        except Hangs as error:
             stays = error
+        done += _end_chain(run, run_id, sparing=who["slurm_job"] if stays else None)
     done += _cancel_jobs(run_id) if on_slurm else []
     if stays is not None:
         raise ConfigError("; ".join([*done, str(stays)])) from stays

@@ -152,7 +152,7 @@ def takes_over() -> bool:
 
 
 def has_begun(run: Path) -> None:
-    """Say that this coordinator was not killed before the record counts it: no series of those goes on after it."""
+    """No series of coordinators that died before they began goes on after this one: remove their marks, and its own."""
     if is_link():
         for path in (run / files.SLURM).glob(f"{EARLY}-*"):
             files.remove(path)

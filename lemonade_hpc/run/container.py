@@ -158,9 +158,9 @@ def main(source: str) -> int:
     try:
         identity = read_identity(Path(source)) if Path(source).is_dir() else None
         print(json.dumps(folders(load(source) if identity is None else from_dict(identity["config"], source))))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return helper.LATER if isinstance(error, OSError) else helper.WRONG_INPUT
     return 0
 
 

@@ -106,12 +106,12 @@ def _left_text(gb: float, inodes: float) -> str:
 
 def kind(folder: Path, cluster: Cluster) -> Check:
     """Its type, and whether `cluster.stale_s` fits: how late a node may see what another has written."""
-    name, is_ = "file system", kind_of(folder)
+    name, found = "file system", kind_of(folder)
     if cluster.backend != "slurm":
-        return Check(name, OK, f"{folder}: {is_}")
+        return Check(name, OK, f"{folder}: {found}")
     stale_s = files.STALE_S if cluster.stale_s is None else cluster.stale_s
-    seen = f"{folder}: {is_}; cluster.stale_s is {stale_s:g}"
-    if is_ in LOCAL:
+    seen = f"{folder}: {found}; cluster.stale_s is {stale_s:g}"
+    if found in LOCAL:
         if not stale_s:
             return Check(name, OK, f"{seen}, so all nodes are taken to be on this machine")
         fix = (
@@ -119,7 +119,7 @@ def kind(folder: Path, cluster: Cluster) -> Check:
             "this machine is the only node, cluster: {stale_s: 0}"
         )
         return Check(name, WARN, f"{seen}; it may be a disk that only this machine sees", fix)
-    if is_ in COHERENT:
+    if found in COHERENT:
         return Check(name, OK, f"{seen}{'; 0 is enough there, and a successor begins sooner' if stale_s else ''}")
     if stale_s < files.STALE_S:
         late = f"nodes may see each other's files {files.STALE_S:g} s late"

@@ -23,6 +23,7 @@ from lemonade_hpc.config import Cluster, Config, ConfigError, resolve
 from lemonade_hpc.run import checks, container, disk, request, scheduler
 from lemonade_hpc.run.checks import FAIL, OK, WARN, Check, unknown
 from lemonade_hpc.run.host import helper
+from lemonade_hpc.run.journal import RecordError
 
 VERSION = "import lemonade_hpc; print(lemonade_hpc.__version__)"
 GPU = (
@@ -93,6 +94,9 @@ def _run(config: Config, data: data_sets.DataSet, run: Path) -> Iterator[Check]:
         yield Check("run", OK, session.check_run(config, data, run))
     except ConfigError as error:
         yield Check("run", FAIL, str(error), "give what it was started with, or another --run folder")
+    except RecordError as error:
+        fix = f"{explain.command('verify', str(run))} shows what is damaged; or give another --run folder"
+        yield Check("run", FAIL, str(error), fix)
 
 
 # ---------------------------------------------------------------- the host and the image

@@ -99,8 +99,6 @@ class Worker:
     place: int
     """Its place in that launch, from 0."""
     gpus: int
-    since: int
-    """The number of the event of its launch."""
     node: str | None = None
     """Where it runs, once it has been heard of."""
 
@@ -149,10 +147,8 @@ class History:
         self.usage = Usage()
         self.num_lost = dict.fromkeys(LOSSES, 0)
         self.strikes: dict[str, set[str]] = {}
-        """By node: children that crashed there and nowhere else, and workers that could not work there, one after
-        another, since the last child that was trained there."""
-        self._struck_at: dict[str, int] = {}
-        """By node: the number of the event by which a worker last came to grief there."""
+        """By node: children that crashed there and nowhere else, and workers that could not work there, since the last
+        child that was trained there."""
         self.last_fault: str | None = None
         """Why the last worker came to grief, since the last child that was trained."""
         self.fruitful: set[str] = set()
@@ -188,9 +184,7 @@ class History:
             first = event["workers"][0]
             self.num_launched += len(event["workers"])
             self.unit = "GPU-hours" if event["gpus"] else self.unit
-            self.workers |= {
-                name: Worker(first, k, event["gpus"], self.num_records) for k, name in enumerate(event["workers"])
-            }
+            self.workers |= {name: Worker(first, k, event["gpus"]) for k, name in enumerate(event["workers"])}
         elif kind == "joined":
             self.workers[event["worker"]].node = event["node"]
         elif kind == "left":
@@ -244,8 +238,7 @@ class History:
             self.last_fault = event["fault"]
             struck = self._died_under(event["worker"], event["how"]) if event.get("blame") else set()
             struck = struck or {f"worker {event['worker']}"}
-            if node is not None and worker.since > self._struck_at.get(node, -1):  # else it fell with the one before
-                self._struck_at[node] = self.num_records
+            if node is not None:
                 self.strikes.setdefault(node, set()).update(struck)
             for number in self.attempts:
                 self._forgive(number)

@@ -38,6 +38,8 @@ class LogWriter:
         self.previous = previous
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._size = os.fstat(self._file).st_size
+        self._torn = False
+        """Whether more may be in the file than was written whole."""
 
     @property
     def empty(self) -> bool:
@@ -56,7 +58,9 @@ class LogWriter:
             text.append(f"{previous} {body}\n")
         content = "".join(text).encode()
         try:
-            written = 0
+            if self._torn:
+                os.ftruncate(self._file, self._size)
+            self._torn, written = True, 0
             while written < len(content):
                 written += os.write(self._file, content[written:])
             if durable:
@@ -65,7 +69,9 @@ class LogWriter:
             error.filename = str(self.path)
             with contextlib.suppress(OSError):  # a read-only file system: the torn line fails its check
                 os.ftruncate(self._file, self._size)
+                self._torn = False
             raise
+        self._torn = False
         self._size += len(content)
         self.previous = previous
 

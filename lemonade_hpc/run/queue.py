@@ -107,9 +107,11 @@ def queued(run_id: str) -> tuple[dict[Place, Job], list[Job]] | None:
 def judge(who: dict[str, Any]) -> owner.Verdict:
     """Whether a coordinator lives: told by its process on this machine, else by its job."""
     verdict = owner.judge(who)
-    if verdict == "unknown" and who.get("slurm_job") and not _is_elsewhere(who.get("cluster")):
-        mine = who.get("user") == os.getuid() and who.get("cluster") is not None
-        ended = job_has_ended(who["slurm_job"], mine=mine)
+    if verdict != "unknown" or not who.get("slurm_job"):
+        return verdict
+    there, here = who.get("cluster"), os.environ.get("SLURM_CLUSTER_NAME") or settings().get("ClusterName")
+    if there is None or here in (None, there):  # others may share the file system, and have jobs of the same numbers
+        ended = job_has_ended(who["slurm_job"], mine=who.get("user") == os.getuid() and there == here is not None)
         verdict = "unknown" if ended is None else "gone" if ended else "alive"
     return verdict
 
@@ -142,11 +144,6 @@ def job_has_ended(job: str, *, mine: bool) -> bool | None:
         return states[0] in ENDED
     listed = ask(*LIST) if mine else None
     return None if listed is None else job not in (line.partition("|")[0] for line in listed.splitlines())
-
-
-def _is_elsewhere(cluster: str | None) -> bool:
-    """Whether nobody here knows of this cluster's jobs: others share the file system, and have the same numbers."""
-    return cluster not in (None, os.environ.get("SLURM_CLUSTER_NAME") or settings().get("ClusterName"))
 
 
 def _told_by_scontrol(line: str) -> Sequence[str]:

@@ -47,7 +47,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     Raises ConfigError (the user's input, nothing was written), RunFailed, RecordError or StoreError (exit code 1),
     Stopped (the same call goes on).
     """
-    with patient(observer.note):
+    with patient(observer.note, run):
         try:
             opened = _open(config, run, observer, take_over=take_over or chain.takes_over())
         finally:
@@ -58,7 +58,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
 
 
 @contextmanager
-def patient(note: Callable[[str], None]) -> Iterator[None]:
+def patient(note: Callable[[str], None], run: Path) -> Iterator[None]:
     """Where the file system fails, raise NoRoom; in a chain, later: its successor is to begin no sooner."""
     try:
         yield
@@ -66,6 +66,8 @@ def patient(note: Callable[[str], None]) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in files.STORAGE_ERRORS:
             raise
         if chain.is_link():
+            with contextlib.suppress(OSError):
+                chain.has_begun(run)
             note(f"cannot go on: {error}. The next coordinator looks again in {ROOM_S / 60:.0f} minutes")
             time.sleep(ROOM_S)
         if isinstance(error, NoRoom):
@@ -157,12 +159,13 @@ def submit(config: Config, run: Path, *, take_over: bool = False) -> str:
 def check_run(config: Config, data: data_sets.DataSet, run: Path) -> str:
     """Whether a run that has begun goes on with this configuration, data and image; what it has done, in words.
 
-    Raises ConfigError.
+    Raises ConfigError, or RecordError for a record that is damaged.
     """
-    fixed = _go_on(config, data, run)
-    _refuse_to_wait_for_nothing(config, run, fixed, container.read(config))
-    state = record.load(run, fixed).history.state
-    return f"{run}: goes on, {state.num_committed} children are done"
+    loaded = record.load(run, _go_on(config, data, run))
+    history = loaded.history
+    if not _nothing_to_do(run, loaded):
+        _same_image(config, run, history, container.read(config), lambda text: None)
+    return f"{run}: {'is complete' if history.complete else 'goes on'}, {history.state.num_committed} children are done"
 
 
 def _refuse_to_wait_for_nothing(config: Config, run: Path, fixed: Problem, image: Image | None) -> None:
@@ -278,8 +281,9 @@ def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run:
 def _same_image(config: Config, run: Path, history: History, image: Image | None, note: Callable[[str], None]) -> None:
     """Refuse to go on in another image than last, unless that is allowed: what computes may compute otherwise."""
     numbers = files.epochs(run)
-    if not numbers or not history.state.num_committed:
-        return  # nothing has been computed
+    begun = history.state.num_committed or any(one.done for all_ in history.attempts.values() for one in all_)
+    if not numbers or not begun:
+        return  # nothing that was computed is kept
     try:
         before = lease.read_owner(run, numbers[-1]).get("image")
     except RecordError:

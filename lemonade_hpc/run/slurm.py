@@ -339,6 +339,8 @@ class SlurmBackend:
             return  # it was at work: Slurm may have forgotten a job that still writes its last words
         if state is not None and not (self._last_state.get(name) in AGAIN and name in self._heard_at):
             self._last_state[name] = state
+        if state != ENDING:
+            self._ending_since.pop(name, None)
         again = state in AGAIN and name in self._heard_at
         if again or state is None or state in queue.ENDED or (state == ENDING and self._hangs(name)):
             self._ended[name] = self._ended.get(name, 0) + 1

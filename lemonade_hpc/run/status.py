@@ -99,7 +99,7 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
     running = life.startswith("running")
     others = [vars(job) for job in coordinators or [] if running or job.id != who.get("slurm_job")]
     workers = [_worker(run, name, jobs.get((one.launch, one.place))) for name, one in sorted(history.workers.items())]
-    logs = sorted((run / files.SLURM).glob("coordinator-*.log"), key=lambda path: path.stat().st_mtime)
+    logs = sorted((run / files.SLURM).glob("coordinator-*.log"), key=_job)
     return {
         "run": content["run"],
         "state": life,
@@ -108,7 +108,7 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
         "coordinators": None if coordinators is None else others,
         "job_name": chain.job_name(content["run"]) if (run / files.SLURM / chain.TEMPLATE.name).exists() else None,
         "log": str(logs[-1]) if logs else None,
-        "log_is_newer": bool(logs) and _is_newer(run, logs[-1], numbers, who.get("slurm_job")),
+        "log_is_newer": bool(logs) and _job(logs[-1]) > _number(who.get("slurm_job")),
         "log_ends": _last_line(logs[-1]) if logs else None,
         "warnings": list(loaded.warnings),
         "data": {
@@ -137,10 +137,13 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
     }
 
 
-def _is_newer(run: Path, log: Path, epochs: list[int], job: str | None) -> bool:
-    """Whether a coordinator's log is of one after the last that has begun."""
-    beaten = (run / files.heartbeat(epochs[-1])).stat().st_mtime if epochs else 0.0
-    return log.stem.rpartition("-")[2] != job and log.stat().st_mtime > beaten
+def _job(log: Path) -> int:
+    """The number of the job of a coordinator's log, which grows."""
+    return _number(log.stem.rpartition("-")[2])
+
+
+def _number(job: str | None) -> int:
+    return int(job) if job and job.isdigit() else 0
 
 
 def _last_line(log: Path) -> str:

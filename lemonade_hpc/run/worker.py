@@ -31,8 +31,9 @@ from lemonade_hpc.run.trainers import SIGNALS, ProcessTrainer, Trainer
 
 BEAT_S = 5.0
 UNFIT, SIGNALLED, TIME_OVER, TOLD = "unfit", "signalled", "its time is nearly over", "stopped by the coordinator"
+"""Why a worker leaves: it cannot start trainers; it was sent a signal; its job ends soon; it is told to."""
 OTHER = "its coordinator is of another version or image now"
-"""Why a worker leaves: it cannot start trainers; it was sent a signal; its job ends soon; it is told to; ..."""
+"""Another one: what it would train is not what that one has on record."""
 ORPHAN_S = 60.0
 """A coordinator whose heartbeat stands still for this long is gone. Where files are seen late, four times `stale_s` is
 added: the heartbeat is late, a successor looks on for twice as long before it begins, and is then seen late itself."""
@@ -55,10 +56,10 @@ Done = TypeVar("Done")
 
 
 def _owner(run: Path, epoch: int) -> Message | None:
-    """Who holds an epoch, and its configuration; None if that is not seen here."""
+    """Who holds an epoch, and its configuration; None if that is not seen here. Raises OSError."""
     try:
         owned: Message = json.loads((run / files.owner(epoch)).read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
     return owned
 
@@ -70,13 +71,15 @@ def _key(message: Message) -> tuple[int, str]:
 class Worker:
     """One worker: `step` until it returns False. `start_trainer(epoch)` is called when the first task arrives.
 
-    `caught`: the signals that its process has got so far; grows.
+    `caught`: the signals that its process has got so far; grows. `outage_s`: how long a file system that is away is
+    tried again.
     """
 
     def __init__(
-        self, run: Path, name: str, start_trainer: Callable[[int], Trainer], caught: list[int] | None = None
-    ) -> None:
-        self.run, self.name = run, name
+        self, run: Path, name: str, start_trainer: Callable[[int], Trainer], caught: list[int] | None = None,
+        outage_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.run, self.name, self._outage_s = run, name, outage_s
         self.caught = [] if caught is None else caught
         self._leaving: str | None = None
         """Why, once it must."""
@@ -152,7 +155,7 @@ class Worker:
         The mailbox is left alone meanwhile: it may be far away.
         """
         until = time.monotonic() + self.poll_s
-        while not (self._unfit or self.signalled) and (left := until - time.monotonic()) > 0:
+        while not self._unfit and (left := until - time.monotonic()) > 0:
             if self._trainer is None:
                 time.sleep(left)
             else:
@@ -270,7 +273,7 @@ class Worker:
             self._deadline = time.monotonic() + self._timeout_s
             if self._trainer is None:
                 self._ready = False
-                self._trainer = self._start_trainer(self._epoch)
+                self._trainer = self._through_outages(lambda: self._start_trainer(self._epoch))
             self._say("started", child=self._current["child"], attempt=self._current["attempt"])
             self._trainer.send(self._current)
 
@@ -324,12 +327,12 @@ class Worker:
 
     def _through_outages(self, do: Callable[[], Done]) -> Done:
         """Do it, again and again for a while where the file system fails: a worker's place is worth the wait."""
-        until = time.monotonic() + OUTAGE_S
+        until = time.monotonic() + self._outage_s
         while True:
             try:
                 return do()
             except OSError as error:
-                if error.errno not in files.STORAGE_ERRORS or self.signalled or time.monotonic() > until:
+                if error.errno not in files.AWAY or self.signalled or time.monotonic() >= until:
                     raise
             time.sleep(OUTAGE_POLL_S)
 
@@ -355,7 +358,7 @@ def serve(run: str, name: str, environment: Mapping[str, str | None] | None = No
         os.setsid()
     folder = Path(run)
     log = folder / files.WORKERS / name / "trainer.log"
-    worker = Worker(folder, name, lambda epoch: ProcessTrainer(folder, epoch, log), caught)
+    worker = Worker(folder, name, lambda epoch: ProcessTrainer(folder, epoch, log), caught, OUTAGE_S)
     while worker.step():
         worker.wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -105,6 +106,18 @@ def test_what_is_shown_is_what_is_submitted_and_nothing_is_written(run: Path, co
     assert session.submission(settings(), run)[0] == (run / "slurm/coordinator.sbatch").read_text()
 
 
+def test_a_folder_that_may_be_on_a_disk_of_this_machine_is_told(
+    run: Path, commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stale_s, told in ((60, True), (0, False)):
+        (tmp_path / "my.yaml").write_bytes(configs.dump(settings(stale_s=stale_s)))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["submit", str(tmp_path / "my.yaml"), "--run", str(run.with_name(f"run{stale_s}"))])
+        said = capsys.readouterr()
+        assert ended.value.code == 0 and said.out.startswith("submitted job 4711; its log: ")
+        assert ("it may be a disk that only this machine sees; choose a folder" in said.err) == told
+
+
 def test_only_a_search_on_slurm_can_be_submitted(run: Path, commands: Commands) -> None:
     for ask in (session.submit, session.submission):
         with pytest.raises(ConfigError, match="cluster.backend: got inline; what is submitted needs slurm"):
@@ -198,18 +211,22 @@ def test_what_the_setup_sets_ends_no_job_of_the_script(run: Path, commands: Comm
 
 @pytest.mark.parametrize(
     ("words", "restarts", "said"),
-    [([chain.FIRST], "", "first"), ([], "", "next"), ([chain.FIRST], "1", "next"), ([chain.TAKE_OVER], "2", "next")],
-)
+    [([chain.FIRST], "", "first"), ([], "", "next"), ([chain.FIRST], "1", "next"), ([chain.TAKE_OVER], "2", "next"),
+     ([chain.FIRST], "1 early", "first"), ([chain.TAKE_OVER], "1 early", "take-over")],
+)  # fmt: skip
 def test_a_job_knows_whether_a_person_has_submitted_it(
     run: Path, commands: Commands, words: list[str], restarts: str, said: str
 ) -> None:
-    """A job that begins anew, requeued, is one that goes on."""
+    """A job that begins anew, requeued, is one that goes on, unless it was ended before it had begun."""
     session.submit(settings(), run)
+    restarts, _, early = restarts.partition(" ")
+    if early:
+        (run / files.SLURM / "early-7").touch()
     assert commands.calls("sbatch")[-1].endswith("coordinator.sbatch first")
     script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
     start = script.index(sys.executable)
     changed = script.replace(script[start : script.index(" &\n", start)], f"env | sed -n 's/^{chain.LINK}=//p'")
-    environ = os.environ | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
+    environ = os.environ | {"SLURM_JOB_ID": "7"} | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
     command = ["bash", "-c", changed, "name", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     assert said in done.stdout.split()
@@ -389,7 +406,7 @@ def test_a_link_waits_for_a_coordinator_that_still_lives(
 
 def test_a_chain_whose_coordinators_end_before_they_begin_ends(run: Path, commands: Commands) -> None:
     """Out of memory while they read the data, say, or while numpy is imported: no record tells of them."""
-    session.submit(settings(), run)
+    session.submit(settings(setup=["set -f"]), run)
     script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
     start = script.index(sys.executable)
 
@@ -404,7 +421,7 @@ def test_a_chain_whose_coordinators_end_before_they_begin_ends(run: Path, comman
     done = job(99, "true")
     assert done.returncode == 1 and "the last 6 coordinators, with this one, ended before they had begun" in done.stderr
     assert len(commands.calls("sbatch")) == submitted
-    session.submit(settings(), run)  # mended
+    session.submit(settings(setup=["set -f"]), run)  # mended
     began = len(commands.calls("sbatch"))
     assert job(100, "true").returncode == 0 and len(commands.calls("sbatch")) == began + 1
 
@@ -430,7 +447,7 @@ def test_a_coordinator_that_is_killed_before_the_record_counts_it_has_not_begun(
     assert seen == [True, True, False]
 
 
-@pytest.mark.parametrize("number", sorted(files.STORAGE_ERRORS))
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENOTCONN])
 @pytest.mark.parametrize("what", ["run.json", "journal.log", "config.yaml", "data"])
 def test_a_link_that_begins_while_the_file_system_is_away_ends_no_chain(
     run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, what: str, number: int
@@ -443,6 +460,7 @@ def test_a_link_that_begins_while_the_file_system_is_away_ends_no_chain(
     files.make_folder(run / files.SLURM)
     (run / "slurm" / "config.yaml").write_bytes(configs.dump(settings()))
     monkeypatch.setenv(chain.LINK, "next")
+    (run / "slurm" / "early-7").touch()
     waits: list[float] = []
     monkeypatch.setattr(session, "time", SimpleNamespace(sleep=waits.append))
     error = OSError(number, os.strerror(number), what)
@@ -466,6 +484,7 @@ def test_a_link_that_begins_while_the_file_system_is_away_ends_no_chain(
     with pytest.raises(SystemExit) as ended:
         cli.main(["search", str(run / "slurm/config.yaml"), "--run", str(run)])
     assert ended.value.code == cli.STOPPED and waits == [session.ROOM_S]
+    assert not (run / "slurm" / "early-7").exists()
 
 
 def test_a_coordinator_that_leaves_in_words_has_begun(
@@ -481,6 +500,25 @@ def test_a_coordinator_that_leaves_in_words_has_begun(
     with pytest.raises(Stopped, match="cannot write"):
         doubles.search(run, settings(), lambda task: "storage")
     assert [path.name for path in (run / "slurm").glob("early-*")] == []
+
+
+def test_a_coordinator_that_waits_or_must_not_go_on_has_begun(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.submit(settings(), run)
+    killed(run, 1)
+    monkeypatch.setenv(chain.LINK, "next")
+    mark, seen = run / "slurm" / "early-7", list[bool]()
+    monkeypatch.setattr(session, "time", SimpleNamespace(sleep=lambda seconds: seen.append(mark.exists())))
+    monkeypatch.setattr(lease.queue, "judge", lambda who: "alive" if not seen else "gone")
+    mark.touch()
+    with pytest.raises(Halted):
+        doubles.search(run, CAPPED, backend=dying(run))
+    assert seen == [False]
+    mark.touch()
+    with pytest.raises(Halted):  # as the one before it was
+        doubles.search(run, CAPPED, backend=dying(run))
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("link", [True, False])
@@ -547,6 +585,8 @@ def test_a_job_of_ones_own_that_nobody_has_an_account_of_is_over_once_the_queue_
         assert queue.judge(who) == "gone" and queue.judge(who | {"cluster": "b"}) == "unknown"
         monkeypatch.setattr(queue, "ask", lambda *command: said.get(command, "RUNNING\n"))
         assert queue.judge(who) == "alive" and queue.judge(who | {"cluster": "b"}) == "unknown"
+        monkeypatch.setattr(queue, "ask", lambda *command: None if command[0] == "scontrol" else "RUNNING\n")
+        assert queue.judge(who) == "alive"  # where this is, is not known, as at most sites there is but one
 
 
 def test_where_there_is_no_squeue_it_is_said_where_there_is_one(
@@ -726,9 +766,9 @@ def test_the_status_shows_what_waits_in_the_queue_of_a_run_that_is_not_complete(
     told = status.status(run, lambda who: "gone")
     assert told["coordinators"] == [{"id": "9", "state": "PENDING", "reason": "Dependency", "node": ""}]
     assert told["log"] == str(log) and told["log_ends"] == "module: not found" and told["job_name"] is None
-    beat = (run / files.heartbeat(1)).stat().st_mtime
-    for later_s, newer in ((5, True), (-5, False)):
-        os.utime(log, (beat + later_s, beat + later_s))
+    owned = json.loads((run / files.owner(1)).read_text())
+    for job, newer in (("7", True), ("8", False), ("10", False), (None, True), ("7+0", True)):
+        (run / files.owner(1)).write_text(json.dumps(owned | {"owner": owned["owner"] | {"slurm_job": job}}))
         assert status.status(run, lambda who: "gone")["log_is_newer"] == newer
     (run / files.SLURM / "coordinator.sbatch").touch()
     assert status.status(run, lambda who: "gone")["job_name"] == name
@@ -812,13 +852,16 @@ def test_where_a_coordinators_job_hangs_in_its_end_its_workers_are_cancelled_all
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     doubles.start(run, settings(), doubles.FakeBackend(run))._ledger.close()
+    (run / files.SLURM).mkdir()
     monkeypatch.setattr(queue.owner, "judge", lambda who: "unknown")
     worker = f"lemonade-{record.read_identity(run)['run'][:8]}-e1w00"
     asked: list[tuple[str, ...]] = []
 
     def ask(*command: str) -> str:
         asked.append(command)
-        return f"80_0|{worker}|RUNNING|None|n1\n" if command == queue.LIST else "COMPLETING\n"
+        if command == queue.LIST:
+            return f"80_0|{worker}|RUNNING|None|n1\n"
+        return "" if f"--states={chain.LIVING}" in command else "COMPLETING\n"
 
     monkeypatch.setattr(queue, "ask", ask)
     monkeypatch.setattr(cancel, "POLL_JOB_S", 0.0)
@@ -826,6 +869,8 @@ def test_where_a_coordinators_job_hangs_in_its_end_its_workers_are_cancelled_all
     with pytest.raises(ConfigError, match=r"^job 80_0; job 77, the coordinator, .* with --take-over goes on"):
         cancel.cancel(run)
     assert ("scancel", "80_0") in asked
+    later = asked[asked.index(("scancel", "77")) :]
+    assert any(command[0] == "squeue" and f"--states={chain.LIVING}" in command for command in later)
 
 
 def test_a_coordinator_on_another_node_is_cancelled_by_its_job(

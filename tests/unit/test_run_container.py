@@ -177,9 +177,36 @@ def test_a_run_goes_on_in_the_same_image_or_in_another_where_that_is_allowed(
         go(settings(image, **more))
     with pytest.raises(ConfigError, match=rf"in the image {first[:12]}, now it is in none \(SHA-256\)"):
         go(settings(**more))
+    with pytest.raises(ConfigError, match=rf"in the image {first[:12]}, now it is in the image {second[:12]}"):
+        session.submit(settings(image, **more), run)
     assert go(settings(image, container={"may_change": True}, **more))[1:] == [first, second]
     assert go(settings(image, search={"children": 30}))[1:] == [first, second, second]
     doubles.assert_sound(run)
+
+
+def test_a_child_that_is_half_trained_is_a_reason_to_keep_the_image(run: Path, image: Path) -> None:
+    made = doubles.start(run, settings(image), doubles.FakeBackend(run, lambda task: "hang"))
+    for _ in range(4):
+        made._turn()
+    made.close()
+    history, now = made.history, container.read(settings(image))
+    session._same_image(settings(image), run, history, now, lambda text: None)
+    next(iter(history.attempts.values()))[0].done = 0.5
+    with pytest.raises(ConfigError, match=r"ran in none, now it is in the image"):
+        session._same_image(settings(image), run, history, now, lambda text: None)
+
+
+def test_who_asks_for_folders_knows_what_is_wrong_from_what_may_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job's exit code 3 is followed by another one, 2 is the end."""
+    assert container.main(str(tmp_path / "absent.yaml")) == 2
+
+    def away(source: str) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(container, "load", away)
+    assert container.main("my.yaml") == 3 and "Input/output error" in capsys.readouterr().err
 
 
 def test_no_worker_is_started_in_an_image_that_has_changed(

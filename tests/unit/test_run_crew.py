@@ -17,7 +17,7 @@ from lemonade_hpc.run.backends import NotNow
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.history import Attempt, History
-from lemonade_hpc.run.ledger import Halted
+from lemonade_hpc.run.ledger import Halted, Superseded
 from lemonade_hpc.run.log import LogWriter, Message
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -106,23 +106,41 @@ def test_a_node_that_fails_everything_is_excluded_and_costs_no_child(run: Path) 
     doubles.assert_sound(run)
 
 
-@pytest.mark.parametrize("rounds", [1, budgets.STRIKES])
-def test_workers_that_fall_at_once_are_one_strike_against_their_node(run: Path, rounds: int) -> None:
-    """The file system was away for a moment, say: a node with three GPUs has not failed three times."""
-    backend = FakeCluster(run, num_nodes=3)
-    many = settings("steady_state", 60, workers=9)
+@pytest.mark.parametrize(("fall", "excluded"), [(["n0", "n1"], set()), (["n0"], {"n0"})])
+def test_where_all_nodes_fare_ill_none_is_at_fault(run: Path, fall: list[str], excluded: set[str]) -> None:
+    """What they share was away for a moment, say; each has three GPUs."""
+    backend = FakeCluster(run, num_nodes=2)
+    many = settings("steady_state", 60, workers=6)
     made = doubles.start(run, many, backend)
     while made.history.state.num_committed < 20:
         made._turn()
     backend.words = lambda node, task: "hang"
-    for _ in range(rounds):
-        while not all(one._current for one in backend.workers.values()) or len(backend.workers) < 9:
-            made._turn()
-        for name in [name for name in backend.workers if backend.node_of[name] == "n0"]:
-            backend.die(name)
-        for _ in range(3):
-            made._turn()
-    assert set(made.history.excluded) == ({"n0"} if rounds == budgets.STRIKES else set())
+    while not all(one._current for one in backend.workers.values()):
+        made._turn()
+    for name in [name for name in backend.workers if backend.node_of[name] in fall]:
+        backend.die(name)
+    for _ in range(3):
+        made._turn()
+    assert set(made.history.excluded) == excluded
+    made.close()
+
+
+def test_a_node_on_which_one_worker_falls_after_another_is_excluded_soon(run: Path) -> None:
+    """Tasks of one array that wait fall there next: the node with the free place is the one that kills."""
+    backend = FakeCluster(run, num_nodes=3)
+    made = doubles.start(run, settings("steady_state", 60, workers=3), backend)
+    while made.history.state.num_committed < 10:
+        made._turn()
+    backend.words = lambda node, task: "long"
+    fallen = 0
+    while not made.history.excluded:
+        made._turn()
+        for name, one in list(backend.workers.items()):
+            if one._current and backend.node_of[name] == "n0":
+                backend.die(name)
+                fallen += 1
+        assert fallen <= budgets.STRIKES
+    assert set(made.history.excluded) == {"n0"}
     made.close()
 
 
@@ -135,11 +153,17 @@ def test_workers_that_leave_a_coordinator_of_another_version_are_at_no_fault(
     first = doubles.start(run, many, backend)
     while first.history.state.num_committed < 20:
         first._turn()
+    backend.words = lambda node, task: "hang"
+    while not all(one._current for one in backend.workers.values()):
+        first._turn()
     first.stop_signal = 15
     with pytest.raises(Stopped):
         first._leave(15)
     first.close()
+    assert all(one._current for one in backend.workers.values())
     monkeypatch.setattr(lease, "__version__", "9.9")
+    monkeypatch.setattr(worker, "SAVE_S", 0.0)
+    backend.words = lambda node, task: None
     second = doubles.start(run, many, backend)
     for _ in range(20):
         second._turn()
@@ -777,12 +801,18 @@ def test_who_stops_a_search_at_the_terminal_is_told_of_the_workers_that_go_on(
         if len([one for one in self._crew.handles.values() if one.present]) == WORKERS:
             self.stop_signal = 2
 
+    def superseded(self: coordinator.Coordinator) -> None:
+        raise Superseded("another one")
+
     monkeypatch.setattr(coordinator.Coordinator, "_turn", interrupted)
     for link in (False, True):
         with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped by SIGINT"):
             if link:
                 patch.setenv(chain.LINK, "next")
             doubles.search(run, chosen, backend=backend, notes=notes)
+    monkeypatch.setattr(coordinator.Coordinator, "_turn", superseded)
+    with pytest.raises(Superseded):  # whose workers have another coordinator
+        doubles.search(run, chosen, backend=backend, notes=notes)
     (note,) = notes.about("3 workers go on: they end what they have, and leave when they have waited for 10 minutes")
     assert note.endswith(f"lemonade-hpc cancel {run} ends them at once")
 

@@ -211,7 +211,7 @@ def test_the_helper_shows_its_checks_as_lines_too(
 ) -> None:
     no_image(site)
     monkeypatch.chdir(site.folder)
-    assert helper.main(["--image", "lemonade.sif", "doctor", "my.yaml"]) == 1
+    assert helper.main(helper._parse(["--image", "lemonade.sif", "doctor", "my.yaml"])) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["ok", "ok", "fail", "fix:"]
     assert lines[2].split()[1:3] == ["image", f"{site.image}:"]
@@ -405,6 +405,12 @@ def test_a_run_that_would_not_go_on_is_told(site: Site) -> None:
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
     check = one(examine(site), "run")
     assert check.state == FAIL and "was started with seed = 7, now it is 0" in check.seen and "--run" in check.fix
+    path.write_text(path.read_text().replace('"seed": 7', '"seed": 0'))
+    (site.run / "epochs" / "000001").mkdir(parents=True)
+    for name in ("journal.log", "journal.copy"):
+        (site.run / "epochs" / "000001" / name).write_text("damaged\n")
+    check = one(found := examine(site), "run")
+    assert check.state == FAIL and check.fix.startswith("lemonade-hpc verify ") and others_are_ok(found, "run")
     path.write_text("{}")
     assert "cannot be read" in one(examine(site), "run").seen
 

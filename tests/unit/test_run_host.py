@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import random
@@ -509,17 +510,17 @@ def test_without_apptainer_or_an_image_that_is_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert helper.main(["status", "run"]) == 2
+    assert helper.main(helper._parse(["status", "run"])) == 2
     assert "error: apptainer cannot be found here; it may be a module" in capsys.readouterr().err
     (tmp_path / "apptainer").write_text("#!/bin/sh\n")
     (tmp_path / "apptainer").chmod(0o755)
-    assert helper.main(["status", "run"]) == 2
+    assert helper.main(helper._parse(["status", "run"])) == 2
     said = capsys.readouterr().err
     assert "lemonade.sif: No such file or directory; copy the image (.sif) there, or name another: --image" in said
     (tmp_path / "apptainer").write_text("#!/bin/sh\nexit 255\n")
     (tmp_path / "lemonade.sif").touch()
-    assert helper.main(["status", "run"]) == 255
-    assert "could not start the image; lemonade-hpc doctor may say why" in capsys.readouterr().err
+    assert helper.main(helper._parse(["status", "run"])) == 255
+    assert "could not start the image; doctor may say why" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -536,7 +537,9 @@ def test_what_is_inside_tells_people_to_call_the_helper_as_they_did(
     Path(path).touch(mode)
     Path(path).chmod(mode)
     monkeypatch.setattr(sys, "argv", [path, "status"])
-    assert helper._called() == called
+    assert helper._called(helper._parse(["status"])) == called
+    more = ["--image", "/x y.sif", "--bind", "/d"]
+    assert helper._called(helper._parse([*more, "status"])) == f"{called} --image '/x y.sif' --bind /d"
     monkeypatch.setenv(helper.AS, called)
     assert (
         helper.environment(os.environ)["APPTAINERENV_LEMONADE_AS"]
@@ -544,6 +547,36 @@ def test_what_is_inside_tells_people_to_call_the_helper_as_they_did(
         == helper.outside_a_job(os.environ)[helper.AS]
     )
     assert explain.command("stop", "my run") == f"{called} stop 'my run'"
+
+
+def test_what_the_helper_was_called_is_told_inside_and_so_is_its_version(
+    outside: Outside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lemonade.sif").touch()
+    outside.says("apptainer", '#!/bin/sh\necho "$APPTAINERENV_LEMONADE_AS|$*"\n')
+    command = [sys.executable, helper.__file__, "--image", "lemonade.sif", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    called, _, words = done.stdout.strip().partition("|")
+    assert (
+        called == f"{helper.__file__} --image lemonade.sif"
+        or called == f"python3 {helper.__file__} --image lemonade.sif"
+    )
+    assert words.endswith("lemonade-hpc --version")
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOENT, 2), (errno.EACCES, 2), (errno.EIO, 3), (errno.ESTALE, 3)])
+def test_an_image_that_cannot_be_read_now_ends_no_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(helper.shutil, "which", lambda name: name)
+
+    def away(path: str, mode: str = "r") -> Any:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(helper, "open", away, raising=False)
+    assert helper.main(helper._parse(["status", "run"])) == code
+    assert os.strerror(number) in capsys.readouterr().err
 
 
 def test_a_folder_by_another_name_is_known_inside_by_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

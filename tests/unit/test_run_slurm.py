@@ -538,6 +538,15 @@ def test_any_other_state_is_a_life(run: Path, queue: Queue, state: str) -> None:
     assert one.alive("w0")
 
 
+def test_a_job_that_ended_once_and_began_anew_has_as_long_to_end_again(run: Path, queue: Queue) -> None:
+    one, _ = backend(run)
+    one.adopt("w0", "w0", 0)
+    for state, seconds in (("COMPLETING", 120), ("RUNNING", 2000), ("COMPLETING", 300)):
+        queue.shows({"5": ("lemonade-01234567-w0", state)})
+        turns(one, queue, seconds)
+        assert one.alive("w0")
+
+
 @pytest.mark.parametrize("goodbye", [True, False])
 def test_a_job_that_does_not_come_to_its_end_is_waited_for_so_long(run: Path, queue: Queue, goodbye: bool) -> None:
     """Its node hangs: neither the worker's place nor its child are to wait for somebody to mend that."""

@@ -53,7 +53,7 @@ class Desk:
         session._prepare(SETTINGS, doubles.images(), run)
         (run / files.done_log(NAME)).parent.mkdir(parents=True)
         self.open_epoch()
-        self.worker = Worker(run, NAME, self._start_trainer)
+        self.worker = Worker(run, NAME, self._start_trainer, outage_s=worker.OUTAGE_S)
         self._reader = LogReader(run / files.done_log(NAME))
 
     def _start_trainer(self, epoch: int) -> doubles.FakeTrainer:
@@ -858,22 +858,68 @@ def test_a_worker_outlives_a_file_system_that_is_away(desk: Desk, monkeypatch: p
     desk.send(task(0))
     assert desk.steps()
     back_at = desk.clock.now + 60
-    owner, name = {"the log": (worker.LogWriter, "append"), "the list of epochs": (files, "epochs"),
+    owner, name = {"the log": (os, "write"), "the list of epochs": (files, "epochs"),
                    "the mailbox": (worker.LogReader, "poll")}[where]  # fmt: skip
+    if where == "the log":  # not even what was written of a line can be taken back meanwhile
+        cut = os.ftruncate
+        monkeypatch.setattr(os, "ftruncate", lambda file, size: away() if desk.clock.now < back_at else cut(file, size))
     real = getattr(owner, name)
 
     def away(*args: Any, **options: Any) -> Any:
         if desk.clock.now < back_at:
+            if name == "write" and args:
+                real(args[0], args[1][:40])
             raise OSError(errno.EIO, "Input/output error")
         return real(*args, **options)
 
     monkeypatch.setattr(owner, name, away)
     desk.clock.now += worker.BEAT_S
     assert desk.steps() and desk.clock.now >= back_at and not desk.trainers[0].killed
+    assert desk.heard("alive") and not desk._reader.num_damaged
     back_at = desk.clock.now + worker.OUTAGE_S + 100
     desk.clock.now += worker.BEAT_S
     with pytest.raises(OSError, match="Input/output error"):
         desk.steps()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone"), OSError(errno.ENOSPC, "gone"), "signalled"])
+def test_what_will_not_pass_is_not_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    """Another error, a full disk, which its coordinator finds too, or a worker that must leave before long."""
+
+    def away(run: Path) -> Any:
+        raise OSError(errno.EIO, "away") if error == "signalled" else error
+
+    monkeypatch.setattr(files, "epochs", away)
+    if error == "signalled":
+        desk.worker.caught.append(signal.SIGTERM)
+    before = desk.clock.now
+    with pytest.raises(OSError, match="away|gone"):
+        desk.worker.step()
+    assert desk.clock.now == before
+
+
+def test_an_owner_or_a_trainer_that_cannot_be_read_or_started_now_is_waited_for(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back_at = desk.clock.now + 100
+
+    def when_back(real: Any) -> Any:
+        def do(*args: Any) -> Any:
+            if desk.clock.now < back_at:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return real(*args)
+
+        return do
+
+    monkeypatch.setattr(desk.worker, "_start_trainer", when_back(desk.worker._start_trainer))
+    desk.send(task(0))
+    assert desk.steps() and desk.clock.now >= back_at and len(desk.trainers) == 1
+    back_at = desk.clock.now + 100
+    desk.open_epoch()
+    monkeypatch.setattr(Path, "read_text", when_back(Path.read_text))
+    with pytest.raises(OSError, match="Stale"):
+        worker._owner(desk.run, 1)
+    assert desk.steps() and desk.clock.now >= back_at and not desk.heard("bye")
 
 
 def test_a_signal_is_known_where_a_worker_waits(desk: Desk) -> None:

@@ -21,13 +21,13 @@ LEAVES = {"config", "files", "data"}
 ALLOWED: dict[str, set[str]] = {
     "search": {"numpy", "scipy", "moocore", "search", *LEAVES},
     "learn": {"numpy", "torch", "torchvision", "safetensors", "learn", "search", *LEAVES},
-    "run": {"numpy", "h5py", "submitit", "run", "search", *LEAVES},
+    "run": {"numpy", "h5py", "submitit", "run", "search", "explain", *LEAVES},
     "view": {"numpy", "matplotlib", "rich", "pydantic", "view", "search", "run", *LEAVES},
-    "config": {"pydantic", "yaml", "explain"},
+    "config": {"pydantic", "yaml", "explain", "files"},
     "explain": {"pydantic", "yaml"},
     "files": set(),
     "data": {"numpy", "sklearn", "mlxtend", "config"},
-    "cli": {"typer", "view", "run", "search", *LEAVES},
+    "cli": {"typer", "view", "run", "search", "explain", *LEAVES},
     "__init__": set(),
     "__main__": {"cli"},
 }

@@ -71,8 +71,9 @@ CONNECTIONS = 16
 """Served at a time; others wait."""
 REFUSED, TIMED_OUT, NOT_FOUND = 126, 124, 127
 """Exit codes of commands that were not run, were ended, or are not there."""
-NOT_STARTED, WRONG_INPUT = 255, 2
-"""Of Apptainer where it starts nothing; of this where something that was given is wrong."""
+NOT_STARTED, WRONG_INPUT, LATER = 255, 2, 3
+"""Of Apptainer where it starts nothing; of this where something that was given is wrong, or a file system is away."""
+AWAY = (errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENOTCONN)
 
 NAMES = r"lemonade-[0-9a-f]{8}-[A-Za-z0-9]+(,lemonade-[0-9a-f]{8}-[A-Za-z0-9]+)*"
 JOB = r"\d+(_\d+)?"
@@ -479,9 +480,7 @@ def _readable(image: str) -> Dict[str, str]:
         if error.errno in (errno.EACCES, errno.EPERM):
             fix = "have its owner open it: chmod a+r {}, and a+x of the folders above".format(shlex.quote(image))
         else:
-            fix = "copy the image (.sif) there, or name another: --image, or LEMONADE_IMAGE (now {})".format(
-                shlex.quote(os.environ.get("LEMONADE_IMAGE", "not set"))
-            )
+            fix = "copy the image (.sif) there, or name another: --image, LEMONADE_IMAGE; for workers, container.image"
         return check("image", FAIL, "{}: {}".format(image, error.strerror), fix)
 
 
@@ -512,7 +511,7 @@ def _imported(image: str, environ: Dict[str, str], nv: Optional[bool]) -> Dict[s
     code, out, err, took = _timed([*inside(image, [], nv), "python3", "-c", asked], environ)
     if code:
         said = (err.strip().splitlines() or ["exit code {}".format(code)])[-1]
-        fix = "copy the image again (compare the sha256sum): part of it cannot be read"
+        fix = "if the image is damaged (compare its sha256sum with that where it was built), copy the image again"
         return check("imports", FAIL, "torch and this program: {}".format(said), fix)
     return check("imports", OK, "torch {} and this program, in {:.1f} s".format(out.strip(), took))
 
@@ -562,17 +561,21 @@ def show(checks: List[Dict[str, str]], as_json: bool) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def main(arguments: List[str]) -> int:
-    """Run one command inside the image; its exit code."""
+def _parse(arguments: List[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run lemonade-hpc in its image, from outside.")
     where = "default: LEMONADE_IMAGE; else lemonade.sif, here or beside this"
-    parser.add_argument("--image", default=os.environ.get("LEMONADE_IMAGE"), help=where)
+    parser.add_argument("--image", help=where)
     parser.add_argument("--bind", action="append", default=[], help="a further folder that is to be seen inside")
     parser.add_argument("--version", action="store_true", help="the image's")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="a command of lemonade-hpc")
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(given: argparse.Namespace) -> int:
+    """Run one command inside the image; its exit code."""
     words = given.words or ["--version" if given.version else "--help"]
-    image, environ, run = _image(given.image), environment(os.environ), run_folder(words)
+    image = _image(given.image or os.environ.get("LEMONADE_IMAGE"))
+    environ, run = environment(os.environ), run_folder(words)
     told = {}  # type: Dict[str, str]
     if words[0] == "doctor":
         seen_of_host = host(image, [os.getcwd(), existing(run), *given.bind])
@@ -582,9 +585,12 @@ def main(arguments: List[str]) -> int:
         told["APPTAINERENV_" + HOST] = json.dumps(seen_of_host)
     if shutil.which("apptainer") is None:
         return _say("apptainer cannot be found here", "it may be a module: module load apptainer")
-    readable = _readable(image)
-    if readable["state"] == FAIL:
-        return _say(readable["seen"], readable["fix"])
+    try:
+        with open(image, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        readable = _readable(image)
+        return _say(readable["seen"], readable["fix"], LATER if error.errno in AWAY else WRONG_INPUT)
     folders = [image, *given.bind, *_folders(image, words, environ)]
     log = os.path.join(run, "slurm", "helper-{}.log".format(socket.gethostname()))
     helper = Helper(run if words[0] in WITH_CONFIG else None, log)
@@ -593,25 +599,24 @@ def main(arguments: List[str]) -> int:
         seen = {"APPTAINERENV_" + SOCKET: helper.path, "APPTAINERENV_PREPEND_PATH": SHIMS, **told}
         code = _wait([*inside(image, folders), "lemonade-hpc", *words], {**environ, **seen})
         if code == NOT_STARTED:
-            _say(
-                "Apptainer could not start the image",
-                "{} doctor may say why".format(os.environ.get(AS, "lemonade-hpc")),
-            )
+            _say("Apptainer could not start the image", "doctor may say why")
         return code
     finally:
         helper.close()
 
 
-def _called() -> str:
+def _called(given: argparse.Namespace) -> str:
+    """What a person has typed so far, before the command."""
     path = sys.argv[0]
     words = [path] if os.sep in path and os.access(path, os.X_OK) else ["python3", path]
-    return " ".join(map(shlex.quote, words))
+    words += ["--image", given.image] if given.image else []
+    return " ".join(shlex.quote(word) for word in words + [w for folder in given.bind for w in ("--bind", folder)])
 
 
-def _say(error: str, fix: str) -> int:
-    """Tell an error; the exit code of wrong input."""
+def _say(error: str, fix: str, code: int = WRONG_INPUT) -> int:
+    """Tell an error; the exit code."""
     print("error: {}; {}".format(error, fix), file=sys.stderr)
-    return WRONG_INPUT
+    return code
 
 
 def _wait(words: List[str], environ: Dict[str, str]) -> int:
@@ -632,5 +637,6 @@ def _wait(words: List[str], environ: Dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault(AS, _called())
-    sys.exit(main(sys.argv[1:]))
+    parsed = _parse(sys.argv[1:])
+    os.environ.setdefault(AS, _called(parsed))
+    sys.exit(main(parsed))
