@@ -27,9 +27,9 @@ TEMPORARY = ".tmp-"
 WEIGHTS = "weights.safetensors"
 """A child's trained weights, in the folder of the attempt that counts."""
 
-AWAY = frozenset({errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENOTCONN})
-"""Errors of a file system that may be back in a moment."""
-STORAGE_ERRORS = AWAY | {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+STORAGE_ERRORS = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENOTCONN,
+})  # fmt: skip
 """Errors of the file system, not of the program: the run pauses and can go on once they are gone."""
 
 STALE_S = 60.0

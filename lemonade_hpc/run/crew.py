@@ -7,6 +7,7 @@ seen and ended is the backend's.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from typing import Protocol
@@ -61,6 +62,8 @@ class Crew:
         """Workers that have gone in a way not known yet, and whether they left children behind."""
         self._ghosts: list[WorkerHandle] = []
         """Workers that were given up without a last word: they may live all the same."""
+        self._fell: dict[str, float] = {}
+        """By node: when the last words were heard of the worker that came to grief there last."""
         self._listened_at = 0.0
         self._waits_since: dict[int, float] = {}
         """Since when children that crashed wait for another node."""
@@ -213,9 +216,24 @@ class Crew:
             rest: Event = {"lived_s": round(handle.lived_s, 3), "busy_s": round(handle.busy_s, 3)}
             if fault is not None and handle.node is None:
                 rest |= {"node": self._backend.node(handle.name)}
+            if fault is not None and self._fell_together(handle):
+                rest |= {"together": True}
             if fault is not None and blame:
                 rest |= {"blame": True}
             self._ledger.record({"event": "left", "worker": handle.name, "how": how, "fault": fault, **rest})
+
+    def _fell_together(self, handle: WorkerHandle) -> bool:
+        """Whether another one that came to grief on its node was at work there at the same time: it is one event.
+
+        It may be a file system that was away, and no fault of the node's.
+        """
+        if handle.node is None or handle.heard_s is None:
+            return False
+        first, last = handle.heard_s
+        if first <= self._fell.get(handle.node, -math.inf):
+            return True
+        self._fell[handle.node] = last
+        return False
 
     def _end(self, handle: WorkerHandle, how: str) -> None:
         """End a worker at once."""

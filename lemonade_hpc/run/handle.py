@@ -6,6 +6,7 @@ Decides: what a report says of the worker itself. What follows from it is the co
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -41,6 +42,8 @@ class WorkerHandle:
         """Whether it was told to leave."""
         self.present = False
         """Whether it has been heard of: one that still waits for a machine may do so for hours."""
+        self.heard_s: tuple[float, float] | None = None
+        """When it was heard first and last, by the coordinator's clock."""
         self.doing = "starting"
         """In words, for people."""
         self.said_bye: str | None = None
@@ -93,7 +96,9 @@ class WorkerHandle:
     def hear(self) -> list[Message]:
         """New reports, in order."""
         messages = self._reader.poll()
-        self.present |= bool(messages)
+        if messages:
+            self.present, now = True, time.monotonic()
+            self.heard_s = (self.heard_s[0] if self.heard_s else now, now)
         for message in messages:
             self._note(message)
         return messages

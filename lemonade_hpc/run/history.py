@@ -147,8 +147,8 @@ class History:
         self.usage = Usage()
         self.num_lost = dict.fromkeys(LOSSES, 0)
         self.strikes: dict[str, set[str]] = {}
-        """By node: children that crashed there and nowhere else, and workers that could not work there, since the last
-        child that was trained there."""
+        """By node: children that crashed there and nowhere else, and workers that could not work there, one after
+        another, since the last child that was trained there."""
         self.last_fault: str | None = None
         """Why the last worker came to grief, since the last child that was trained."""
         self.fruitful: set[str] = set()
@@ -238,7 +238,7 @@ class History:
             self.last_fault = event["fault"]
             struck = self._died_under(event["worker"], event["how"]) if event.get("blame") else set()
             struck = struck or {f"worker {event['worker']}"}
-            if node is not None:
+            if node is not None and not event.get("together"):
                 self.strikes.setdefault(node, set()).update(struck)
             for number in self.attempts:
                 self._forgive(number)

@@ -112,7 +112,8 @@ def judge(who: dict[str, Any]) -> owner.Verdict:
     there, here = who.get("cluster"), os.environ.get("SLURM_CLUSTER_NAME") or settings().get("ClusterName")
     if there is None or here in (None, there):  # others may share the file system, and have jobs of the same numbers
         ended = job_has_ended(who["slurm_job"], mine=who.get("user") == os.getuid() and there == here is not None)
-        verdict = "unknown" if ended is None else "gone" if ended else "alive"
+        known = here is not None or there is None  # else it may be an old job of another cluster that has ended
+        verdict = "unknown" if ended is None else "alive" if not ended else "gone" if known else "unknown"
     return verdict
 
 

@@ -164,6 +164,7 @@ def check_run(config: Config, data: data_sets.DataSet, run: Path) -> str:
     loaded = record.load(run, _go_on(config, data, run))
     history = loaded.history
     if not _nothing_to_do(run, loaded):
+        _refuse_hopeless(run, history)
         _same_image(config, run, history, container.read(config), lambda text: None)
     return f"{run}: {'is complete' if history.complete else 'goes on'}, {history.state.num_committed} children are done"
 
@@ -175,9 +176,14 @@ def _refuse_to_wait_for_nothing(config: Config, run: Path, fixed: Problem, image
         state = loaded.history.state
         if _nothing_to_do(run, loaded):
             raise ConfigError(f"{run}: is complete, {state.num_committed} children; raise search.children to go on")
-        if state.num_asks and not state.members and not state.in_flight:
-            raise ConfigError(f"{run}: no initial network is valid; mend the cause and give another --run folder")
+        _refuse_hopeless(run, loaded.history)
         _same_image(config, run, loaded.history, image, lambda text: None)
+
+
+def _refuse_hopeless(run: Path, history: History) -> None:
+    state = history.state
+    if state.num_asks and not state.members and not state.in_flight:
+        raise ConfigError(f"{run}: no initial network is valid; mend the cause and give another --run folder")
 
 
 def submission(config: Config, run: Path) -> tuple[str, str]:
@@ -281,9 +287,10 @@ def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run:
 def _same_image(config: Config, run: Path, history: History, image: Image | None, note: Callable[[str], None]) -> None:
     """Refuse to go on in another image than last, unless that is allowed: what computes may compute otherwise."""
     numbers = files.epochs(run)
-    begun = history.state.num_committed or any(one.done for all_ in history.attempts.values() for one in all_)
-    if not numbers or not begun:
-        return  # nothing that was computed is kept
+    attempts = [one for all_ in history.attempts.values() for one in all_]
+    kept = history.state.num_committed or any(one.done or one.lost is None for one in attempts)
+    if not numbers or not kept:
+        return
     try:
         before = lease.read_owner(run, numbers[-1]).get("image")
     except RecordError:

@@ -5,6 +5,7 @@ Decides: the content of `front --json` and `status --json`. Reads only; needs no
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -108,7 +109,7 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
         "coordinators": None if coordinators is None else others,
         "job_name": chain.job_name(content["run"]) if (run / files.SLURM / chain.TEMPLATE.name).exists() else None,
         "log": str(logs[-1]) if logs else None,
-        "log_is_newer": bool(logs) and _job(logs[-1]) > _number(who.get("slurm_job")),
+        "log_is_newer": bool(logs) and _job(logs[-1]) > _number(who.get("slurm_job") if who else "0"),
         "log_ends": _last_line(logs[-1]) if logs else None,
         "warnings": list(loaded.warnings),
         "data": {
@@ -137,13 +138,14 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
     }
 
 
-def _job(log: Path) -> int:
+def _job(log: Path) -> float:
     """The number of the job of a coordinator's log, which grows."""
     return _number(log.stem.rpartition("-")[2])
 
 
-def _number(job: str | None) -> int:
-    return int(job) if job and job.isdigit() else 0
+def _number(job: str | None) -> float:
+    """A job's number; more than any where there is none: what is said of others is no news then."""
+    return int(job) if job and job.isdigit() else math.inf
 
 
 def _last_line(log: Path) -> str:

@@ -71,8 +71,8 @@ def _key(message: Message) -> tuple[int, str]:
 class Worker:
     """One worker: `step` until it returns False. `start_trainer(epoch)` is called when the first task arrives.
 
-    `caught`: the signals that its process has got so far; grows. `outage_s`: how long a file system that is away is
-    tried again.
+    `caught`: the signals that its process has got so far; grows. `outage_s`: how long a file system that fails is tried
+    again.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Worker:
             self._say("hello", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), node=node, **who)
         self._ends_at, self._longest_s = math.inf, 0.0
         self._late, self.poll_s = files.Patience(files.STALE_S), 1.0
-        self._follow()
+        self._through_outages(self._follow)
 
     @property
     def signalled(self) -> bool:
@@ -155,7 +155,7 @@ class Worker:
         The mailbox is left alone meanwhile: it may be far away.
         """
         until = time.monotonic() + self.poll_s
-        while not self._unfit and (left := until - time.monotonic()) > 0:
+        while not (self._unfit or self._saved) and (left := until - time.monotonic()) > 0:
             if self._trainer is None:
                 time.sleep(left)
             else:
@@ -268,12 +268,11 @@ class Worker:
             elif self._current and time.monotonic() > self._deadline:
                 self._fail("timeout", f"longer than cluster.child_timeout_min = {self._timeout_s / 60:g} minutes")
         if self._may_begin():
-            self._started_at = time.monotonic()
-            self._current = self._queue.popleft()
-            self._deadline = time.monotonic() + self._timeout_s
             if self._trainer is None:
                 self._ready = False
                 self._trainer = self._through_outages(lambda: self._start_trainer(self._epoch))
+            self._current, self._started_at = self._queue.popleft(), time.monotonic()
+            self._deadline = self._started_at + self._timeout_s
             self._say("started", child=self._current["child"], attempt=self._current["attempt"])
             self._trainer.send(self._current)
 
@@ -332,7 +331,7 @@ class Worker:
             try:
                 return do()
             except OSError as error:
-                if error.errno not in files.AWAY or self.signalled or time.monotonic() >= until:
+                if error.errno not in files.STORAGE_ERRORS or self.signalled or time.monotonic() >= until:
                     raise
             time.sleep(OUTAGE_POLL_S)
 

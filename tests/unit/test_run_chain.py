@@ -586,7 +586,9 @@ def test_a_job_of_ones_own_that_nobody_has_an_account_of_is_over_once_the_queue_
         monkeypatch.setattr(queue, "ask", lambda *command: said.get(command, "RUNNING\n"))
         assert queue.judge(who) == "alive" and queue.judge(who | {"cluster": "b"}) == "unknown"
         monkeypatch.setattr(queue, "ask", lambda *command: None if command[0] == "scontrol" else "RUNNING\n")
-        assert queue.judge(who) == "alive"  # where this is, is not known, as at most sites there is but one
+        assert queue.judge(who) == "alive"  # where this is, is not known, and most sites have but one cluster
+        monkeypatch.setattr(queue, "ask", lambda *command: None if command[0] == "scontrol" else "COMPLETED\n")
+        assert queue.judge(who) == "unknown" and queue.judge(who | {"cluster": None}) == "gone"
 
 
 def test_where_there_is_no_squeue_it_is_said_where_there_is_one(
@@ -767,7 +769,7 @@ def test_the_status_shows_what_waits_in_the_queue_of_a_run_that_is_not_complete(
     assert told["coordinators"] == [{"id": "9", "state": "PENDING", "reason": "Dependency", "node": ""}]
     assert told["log"] == str(log) and told["log_ends"] == "module: not found" and told["job_name"] is None
     owned = json.loads((run / files.owner(1)).read_text())
-    for job, newer in (("7", True), ("8", False), ("10", False), (None, True), ("7+0", True)):
+    for job, newer in (("7", True), ("8", False), ("10", False), (None, False), ("7+0", False)):
         (run / files.owner(1)).write_text(json.dumps(owned | {"owner": owned["owner"] | {"slurm_job": job}}))
         assert status.status(run, lambda who: "gone")["log_is_newer"] == newer
     (run / files.SLURM / "coordinator.sbatch").touch()

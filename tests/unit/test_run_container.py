@@ -189,9 +189,15 @@ def test_a_child_that_is_half_trained_is_a_reason_to_keep_the_image(run: Path, i
     for _ in range(4):
         made._turn()
     made.close()
+    for one in (one for all_ in made.history.attempts.values() for one in all_):
+        one.lost = one.lost or "stopped"
     history, now = made.history, container.read(settings(image))
     session._same_image(settings(image), run, history, now, lambda text: None)
-    next(iter(history.attempts.values()))[0].done = 0.5
+    attempts = [one for all_ in history.attempts.values() for one in all_]
+    attempts[0].done = 0.5
+    with pytest.raises(ConfigError, match=r"ran in none, now it is in the image"):
+        session._same_image(settings(image), run, history, now, lambda text: None)
+    attempts[0].done, attempts[0].lost = 0.0, None  # its coordinator was killed: it may have been saved since
     with pytest.raises(ConfigError, match=r"ran in none, now it is in the image"):
         session._same_image(settings(image), run, history, now, lambda text: None)
 

@@ -882,9 +882,9 @@ def test_a_worker_outlives_a_file_system_that_is_away(desk: Desk, monkeypatch: p
         desk.steps()
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone"), OSError(errno.ENOSPC, "gone"), "signalled"])
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone"), "signalled"])
 def test_what_will_not_pass_is_not_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
-    """Another error, a full disk, which its coordinator finds too, or a worker that must leave before long."""
+    """Another error, or a worker that must leave before long."""
 
     def away(run: Path) -> Any:
         raise OSError(errno.EIO, "away") if error == "signalled" else error
@@ -912,14 +912,25 @@ def test_an_owner_or_a_trainer_that_cannot_be_read_or_started_now_is_waited_for(
         return do
 
     monkeypatch.setattr(desk.worker, "_start_trainer", when_back(desk.worker._start_trainer))
+    desk.worker._timeout_s = 60
+    desk.words[0] = "hang"
     desk.send(task(0))
-    assert desk.steps() and desk.clock.now >= back_at and len(desk.trainers) == 1
+    assert desk.steps(3) and desk.clock.now >= back_at and len(desk.trainers) == 1
+    assert not desk.heard("outcome")  # its time begins when it does
     back_at = desk.clock.now + 100
     desk.open_epoch()
-    monkeypatch.setattr(Path, "read_text", when_back(Path.read_text))
+    read = Path.read_text
+    away = when_back(read)
+    monkeypatch.setattr(Path, "read_text", lambda path: (away if path.name == "owner.json" else read)(path))
     with pytest.raises(OSError, match="Stale"):
         worker._owner(desk.run, 1)
     assert desk.steps() and desk.clock.now >= back_at and not desk.heard("bye")
+    back_at = desk.clock.now + 100
+    (desk.run / files.done_log("late")).parent.mkdir()
+    (desk.run / files.assigned_log(2, "late")).parent.mkdir()
+    (desk.run / files.assigned_log(2, "late")).touch()
+    assert Worker(desk.run, "late", desk._start_trainer, outage_s=worker.OUTAGE_S)._epoch == 2
+    assert desk.clock.now >= back_at
 
 
 def test_a_signal_is_known_where_a_worker_waits(desk: Desk) -> None:

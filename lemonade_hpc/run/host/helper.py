@@ -589,8 +589,8 @@ def main(given: argparse.Namespace) -> int:
         with open(image, "rb") as file:
             file.read(1)
     except OSError as error:
-        readable = _readable(image)
-        return _say(readable["seen"], readable["fix"], LATER if error.errno in AWAY else WRONG_INPUT)
+        what = "{}: {}".format(image, error.strerror or error)
+        return _say(what, _readable(image)["fix"] or "try again", LATER if error.errno in AWAY else WRONG_INPUT)
     folders = [image, *given.bind, *_folders(image, words, environ)]
     log = os.path.join(run, "slurm", "helper-{}.log".format(socket.gethostname()))
     helper = Helper(run if words[0] in WITH_CONFIG else None, log)
