@@ -175,6 +175,13 @@ def test_an_sbatch_that_does_not_answer_is_told(run: Path, commands: Commands, m
 # ---------------------------------------------------------------- the job's script
 
 
+def script_of(run: Path, coordinator: str) -> str:
+    """The job's script, with another command for its coordinator, and hardly a wait."""
+    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
+    start = script.index(sys.executable)
+    return script.replace(script[start : script.index(" &\n", start)], coordinator)
+
+
 @pytest.mark.parametrize(
     ("code", "cancelled"), [(0, True), (1, True), (2, True), (127, True), (3, False), (137, False), (139, False)]
 )
@@ -183,9 +190,7 @@ def test_a_job_submits_its_successor_and_cancels_it_only_at_an_end(
 ) -> None:
     session.submit(settings(), run)
     (commands.folder / "calls").unlink()
-    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
-    start = script.index(sys.executable)
-    changed = script.replace(script[start : script.index(" &\n", start)], f"bash -c 'exit {code}'")
+    changed = script_of(run, f"bash -c 'exit {code}'")
     done = subprocess.run(["bash", "-c", changed], capture_output=True, check=False)
     assert done.returncode == code
     assert [call.partition(" ")[2] for call in commands.calls("sbatch")] == [str(run / "slurm/coordinator.sbatch")]
@@ -197,13 +202,11 @@ def test_what_the_setup_sets_ends_no_job_of_the_script(run: Path, commands: Comm
     """With `set -e`, chains of complete and failed runs went on for ever; with `set -u` none began."""
     session.submit(settings(setup=[setup]), run)
     (commands.folder / "calls").unlink()
-    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
-    start = script.index(sys.executable)
-    changed = script.replace(script[start : script.index(" &\n", start)], f"bash -c 'exit {code}'")
+    changed = script_of(run, f"bash -c 'exit {code}'")
     done = subprocess.run(["bash", "-c", changed], capture_output=True, check=False)
     assert done.returncode == code
     assert len(commands.calls("sbatch")) == 1 and len(commands.calls("scancel")) == (code != 137)
-    failing = script.replace("set -e", "set -e\nfalse").replace("set -u", "set -u\necho $NOTHING")
+    failing = changed.replace("set -e", "set -e\nfalse").replace("set -u", "set -u\necho $NOTHING")
     if code == 0:
         assert subprocess.run(["bash", "-c", failing], capture_output=True, check=False).returncode
         assert len(commands.calls("sbatch")) == 1
@@ -223,9 +226,7 @@ def test_a_job_knows_whether_a_person_has_submitted_it(
     if early:
         (run / files.SLURM / "early-7").touch()
     assert commands.calls("sbatch")[-1].endswith("coordinator.sbatch first")
-    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
-    start = script.index(sys.executable)
-    changed = script.replace(script[start : script.index(" &\n", start)], f"env | sed -n 's/^{chain.LINK}=//p'")
+    changed = script_of(run, f"env | sed -n 's/^{chain.LINK}=//p'")
     environ = os.environ | {"SLURM_JOB_ID": "7"} | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
     command = ["bash", "-c", changed, "name", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
@@ -246,9 +247,7 @@ def test_a_job_submits_its_successor_until_there_is_one(
     commands.say("squeue", queued)
     if refused:
         commands.fail("sbatch", "sbatch: error: Socket timed out on send/recv operation\n")
-    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
-    start = script.index(sys.executable)
-    changed = script.replace(script[start : script.index(" &\n", start)], "sleep 1")
+    changed = script_of(run, "sleep 1")
     environment = os.environ | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
     done = subprocess.run(["bash", "-c", changed], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0
@@ -407,11 +406,9 @@ def test_a_link_waits_for_a_coordinator_that_still_lives(
 def test_a_chain_whose_coordinators_end_before_they_begin_ends(run: Path, commands: Commands) -> None:
     """Out of memory while they read the data, say, or while numpy is imported: no record tells of them."""
     session.submit(settings(setup=["set -f"]), run)
-    script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
-    start = script.index(sys.executable)
 
     def job(number: int, command: str) -> subprocess.CompletedProcess[str]:
-        text = script.replace(script[start : script.index(" &\n", start)], command)
+        text = script_of(run, command)
         environ = os.environ | {"SLURM_JOB_ID": str(number)}
         return subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, env=environ)
 

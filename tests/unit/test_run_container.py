@@ -6,13 +6,16 @@ Apptainer is a script here that says how it was called; `tests/cluster/` has a r
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -330,3 +333,40 @@ def test_a_coordinator_in_an_image_is_started_in_it_by_a_helper_of_its_own(
         str(run.resolve() / files.SLURM / "config.yaml"), "--run", str(run.resolve()),
     ]  # fmt: skip
     assert chain.PROGRAM[0] not in line
+
+
+# ---------------------------------------------------------------- the lists of wheels
+
+LISTS = Path(__file__).parents[2] / "containers"
+
+
+@pytest.mark.parametrize(("variant", "version"), [("cuda", "2.13.0+cpu"), ("cpu", "2.14.1"), ("cuda", "2.14.1")])
+def test_no_list_of_wheels_has_the_torch_of_another_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, version: str
+) -> None:
+    """One for CUDA once had torch without, since that was all that pip could resolve."""
+    spec = importlib.util.spec_from_file_location("lock", LISTS / "lock.py")
+    assert spec is not None and spec.loader is not None
+    lock = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lock)
+    item = {
+        "metadata": {"name": "torch", "version": version},
+        "download_info": {"archive_info": {"hashes": {"sha256": "0" * 64}}},
+    }
+    monkeypatch.setattr(lock, "HERE", tmp_path)
+    said = json.dumps({"install": [item]})
+    monkeypatch.setattr(lock.subprocess, "run", lambda *words, **options: SimpleNamespace(stdout=said))
+    if (variant == "cpu") == ("+cpu" in version):
+        lock.main(variant, [])
+        assert (tmp_path / f"requirements-{variant}.txt").read_text().startswith(f"torch=={version} --hash=sha256:")
+    else:
+        with pytest.raises(SystemExit, match=rf"pip takes torch {re.escape(version)} for the {variant} image"):
+            lock.main(variant, [])
+
+
+def test_the_lists_of_wheels_are_those_of_their_images() -> None:
+    for variant, cuda in (("cuda", True), ("cpu", False)):
+        names = dict(
+            line.split(" ")[0].split("==") for line in (LISTS / f"requirements-{variant}.txt").read_text().splitlines()
+        )
+        assert ("nvidia-nccl-cu13" in names) == cuda == ("+cpu" not in names["torch"])

@@ -568,39 +568,37 @@ def test_workers_that_slurm_may_have_taken_and_has_not_leave_nothing_behind(run:
     assert folders_of_workers(run) == set(backend.node_of)
 
 
+class TooSmall(FakeCluster):
+    """Workers that run out of memory under one child."""
+
+    def __init__(self, run: Path, child: int) -> None:
+        super().__init__(run, lambda node, task: "hang" if task["child"] == child else None)
+        self.child = child
+
+    def step(self) -> None:
+        super().step()
+        for name, one in list(self.workers.items()):
+            if one._current is not None and one._current["child"] == self.child:
+                self.ends[name] = budgets.OUT_OF_MEMORY
+                self.die(name)
+
+
 @pytest.mark.parametrize("retries", [0, 9])
 def test_a_child_that_takes_too_much_memory_is_given_up_before_its_run(run: Path, retries: int) -> None:
     child = 5
 
-    class Small(FakeCluster):
-        def step(self) -> None:
-            super().step()
-            for name, one in list(self.workers.items()):
-                if one._current is not None and one._current["child"] == child:
-                    self.ends[name] = budgets.OUT_OF_MEMORY
-                    self.die(name)
-
-    backend = Small(run, lambda node, task: "hang" if task["child"] == child else None)
+    backend = TooSmall(run, child)
     history = doubles.search(run, settings(workers=1, retries=retries), backend=backend)
-    assert [one["child"] for one in history.failures] == [child] and history.departures[
-        budgets.OUT_OF_MEMORY
-    ] == retries + 1
+    assert [one["child"] for one in history.failures] == [child]
+    assert history.departures[budgets.OUT_OF_MEMORY] == retries + 1
 
 
 def test_a_last_child_that_fails_with_the_last_worker_completes_the_run(run: Path) -> None:
     """Nobody needs another worker for nothing."""
     last = 8
 
-    class Small(FakeCluster):
-        def step(self) -> None:
-            super().step()
-            for name, one in list(self.workers.items()):
-                if one._current is not None and one._current["child"] == last:
-                    self.ends[name] = budgets.OUT_OF_MEMORY
-                    self.die(name)
-
     capped = settings("steady_state", 6, workers=1, max_workers=3, retries=2)
-    backend = Small(run, lambda node, task: "hang" if task["child"] == last else None)
+    backend = TooSmall(run, last)
     history = doubles.search(run, capped, backend=backend)
     assert history.complete is not None and history.num_launched == 3
     assert [one["child"] for one in history.failures] == [last] == [max(range(history.state.num_asked))]
