@@ -1,13 +1,12 @@
 """The workers of a run: started, heard, taken over from an earlier coordinator, given up.
 
-Decides: how many workers there are, when one counts as gone, what that costs the children it had, and when workers that
-end without having trained anything end the run. What an outcome means is the coordinator's; how a worker is started,
+Decides: how many workers there are, when one counts as gone, and what that costs the children it had; when a series of
+them ends the run is `misfortunes.py`'s. What an outcome means is the coordinator's; how a worker is started,
 seen and ended is the backend's.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from typing import Protocol
@@ -22,13 +21,10 @@ from lemonade_hpc.run.history import History
 from lemonade_hpc.run.journal import Event
 from lemonade_hpc.run.ledger import Halted, Ledger, NoRoom, RunFailed
 from lemonade_hpc.run.log import Message
+from lemonade_hpc.run.misfortunes import Misfortunes
 
 STOP_S = 3.0
 """How long workers may take to leave when they are stopped."""
-MISFORTUNES_PER_WORKER = 3
-"""Workers in a row that may end without any outcome, per worker wanted, before the run stops."""
-MORE_MISFORTUNES = 3
-"""So many more than may end under one child they may be in any case: that one is to be given up before."""
 ELSEWHERE_S = 600.0
 """How long a child that crashed waits for a worker on another node that may never start."""
 LISTEN_S, MOST_GHOSTS = 30.0, 50
@@ -62,14 +58,11 @@ class Crew:
         """Workers that have gone in a way not known yet, and whether they left children behind."""
         self._ghosts: list[WorkerHandle] = []
         """Workers that were given up without a last word: they may live all the same."""
-        self._fell: dict[str, float] = {}
-        """By node: when the last words were heard of the worker that came to grief there last."""
         self._listened_at = 0.0
         self._waits_since: dict[int, float] = {}
         """Since when children that crashed wait for another node."""
-        self._num_named = self._num_misfortunes = self._num_cancelled = 0
-        self._last_fault = ""
-        self._heard_any = False
+        self._num_named = self._num_cancelled = 0
+        self._misfortunes = Misfortunes(ledger.run, cluster, elsewhere=backend.excludes)
 
     # ------------------------------------------------------------ reports
 
@@ -123,14 +116,14 @@ class Crew:
             raise NoRoom(f"worker {handle.name} cannot write: {full}")
 
     def _join(self, handle: WorkerHandle) -> None:
-        self._heard_any |= handle.present
+        self._misfortunes.heard_any |= handle.present
         known = self._ledger.history.workers.get(handle.name)
         if known is not None and known.node is None and handle.node is not None:
             self._ledger.record({"event": "joined", "worker": handle.name, "node": handle.node})
 
     def prospered(self) -> None:
         """A child was trained: workers that end from here on are no series any more."""
-        self._num_misfortunes = 0
+        self._misfortunes.count = 0
 
     # ------------------------------------------------------------ losses
 
@@ -187,7 +180,7 @@ class Crew:
         fault = None
         if bye is None and how not in FATE | {histories.NOT_STARTED}:
             output = self._backend.last_output(name)
-            self._heard_any |= bool(output)  # what it wrote has come to the run folder
+            self._misfortunes.heard_any |= bool(output)
             how = budgets.OUT_OF_MEMORY if budgets.TOO_MUCH.search(output) else how
             fault = f"worker {name} {how}" + (f": {output}" if output else "")
         elif bye == worker.UNFIT:
@@ -216,24 +209,11 @@ class Crew:
             rest: Event = {"lived_s": round(handle.lived_s, 3), "busy_s": round(handle.busy_s, 3)}
             if fault is not None and handle.node is None:
                 rest |= {"node": self._backend.node(handle.name)}
-            if fault is not None and self._fell_together(handle):
+            if fault is not None and self._misfortunes.fell_together(handle):
                 rest |= {"together": True}
             if fault is not None and blame:
                 rest |= {"blame": True}
             self._ledger.record({"event": "left", "worker": handle.name, "how": how, "fault": fault, **rest})
-
-    def _fell_together(self, handle: WorkerHandle) -> bool:
-        """Whether another one that came to grief on its node was at work there at the same time: it is one event.
-
-        It may be a file system that was away, and no fault of the node's.
-        """
-        if handle.node is None or handle.heard_s is None:
-            return False
-        first, last = handle.heard_s
-        if first <= self._fell.get(handle.node, -math.inf):
-            return True
-        self._fell[handle.node] = last
-        return False
 
     def _end(self, handle: WorkerHandle, how: str) -> None:
         """End a worker at once."""
@@ -247,21 +227,10 @@ class Crew:
         Adopted ones do not count: they may have died with the coordinator before, however many it had.
         """
         self._observer.note(reason)
-        self._last_fault = reason
-        self._num_misfortunes += name not in self._adopted
-        under_one = max(budgets.MAX_DEATHS, self._cluster.retries)
-        if self._num_misfortunes > max(MISFORTUNES_PER_WORKER * self._cluster.workers, under_one + MORE_MISFORTUNES):
+        series = self._misfortunes
+        if series.add(reason, counts=name not in self._adopted):
             self._ledger.write()
-            raise RunFailed(
-                f"{self._num_misfortunes} workers in a row ended and no child was trained meanwhile{self._why()}"
-            )
-
-    def _why(self) -> str:
-        """What the last worker that came to grief did so of, and what that may mean."""
-        if not self._last_fault:
-            return ""
-        unheard = f". None has ever been heard of: can the nodes see and write {self._run.resolve()}?"
-        return f". The last: {self._last_fault}{'' if self._heard_any or not self._backend.excludes else unheard}"
+            raise RunFailed(f"{series.count} workers in a row ended and no child was trained meanwhile{series.why()}")
 
     def _exclude(self) -> None:
         history = self._ledger.history
@@ -337,7 +306,7 @@ class Crew:
         except Refused as error:
             self._not_started(names)
             without = "".join(f"; excluded is {node}: {reason}" for node, reason in excluded.items())
-            raise RunFailed(f"no worker can be started: {error}{without}{self._why()}") from error
+            raise RunFailed(f"no worker can be started: {error}{without}{self._misfortunes.why()}") from error
         except NotNow as error:
             self._observer.note(str(error))
             self._not_started(names)

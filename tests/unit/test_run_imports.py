@@ -9,8 +9,8 @@ import pytest
 
 RING = [
     "backends", "budgets", "cancel", "chain", "checks", "container", "coordinator", "crew", "disk", "doctor", "handle",
-    "history", "journal", "lease", "ledger", "leftovers", "log", "owner", "population", "queue", "record", "request",
-    "scheduler", "session", "site", "slurm", "status", "store", "trainers", "verify", "worker",
+    "history", "journal", "lease", "ledger", "leftovers", "log", "misfortunes", "owner", "population", "queue",
+    "record", "request", "scheduler", "session", "site", "slurm", "status", "store", "trainers", "verify", "worker",
 ]  # fmt: skip
 HEAVY = ("torch", "torchvision", "submitit", "sklearn", "matplotlib", "lemonade_hpc.learn")
 
