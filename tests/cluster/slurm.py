@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ USER = f"lemonade{os.getpid()}"
 PACKAGE = Path(lemonade_hpc.__file__).parents[1]
 NODES = tuple(f"n{k}" for k in range(1, 5))
 START_S = 120.0
+PORTS = range(20000, 32000, 10)  # blocks of them; from 32768 on, the kernel gives them to whoever connects
 CONFIG = """
 ClusterName=lemonade
 SlurmctldHost={host}(127.0.0.1)
@@ -85,6 +87,10 @@ StorageLoc=slurm_acct_db
 """
 
 
+class DaemonError(Exception):
+    """A daemon is no more, though nobody has stopped it. No subclass of what `wait_for` waits upon."""
+
+
 class Slurm:
     """A cluster that runs. `environ` is what a user's process needs to see it."""
 
@@ -93,6 +99,7 @@ class Slurm:
         self.user = pwd.getpwnam(USER)
         self.environ = {"SLURM_CONF": str(folder / "slurm.conf")}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.ports_held, self.ports = take_ports()
 
     def start(self, name: str, *command: str | Path, user: str = "root") -> None:
         """Start a daemon in the foreground; `name` is how it is stopped, and its log's name."""
@@ -156,6 +163,17 @@ class Slurm:
         lines = self.run("squeue", "-a", "-r", "-h", "-t", "all", "-o", "%i|%j|%T|%N|%u").splitlines()
         return [dict(zip(keys, line.split("|"), strict=True)) for line in lines]
 
+    def nodes_are_idle(self) -> bool:
+        """Whether all nodes are up and free; raises RuntimeError with what they are, and DaemonError."""
+        for name, process in self.daemons.items():
+            if process.poll() is not None:
+                log = (self.folder / f"{name}.out").read_text()
+                raise DaemonError(f"{name}: exit code {process.returncode}\n{log[-2000:]}")
+        states = self.run("sinfo", "-h", "-p", "main", "-o", "%T %D")
+        if states != f"idle {len(NODES)}\n":
+            raise RuntimeError(states)
+        return True
+
     def idle(self) -> bool:
         """Whether no job waits, runs or is completing; raises RuntimeError with those that do."""
         left = [job for job in self.jobs() if job["state"] in ("RUNNING", "PENDING", "COMPLETING", "SUSPENDED")]
@@ -164,13 +182,17 @@ class Slurm:
         return True
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody uses."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+def take_ports() -> tuple[socket.socket, list[int]]:
+    """Nine free ports of 127.0.0.1, and a socket on the one before them: nobody is given them while that is open."""
+    for first in random.sample(PORTS, len(PORTS)):
+        with suppress(OSError), ExitStack() as block:
+            held, *free = (block.enter_context(socket.create_server(("127.0.0.1", first + k))) for k in range(10))
+            ports = [one.getsockname()[1] for one in free]
+            for one in free:
+                one.close()
+            block.pop_all()
+            return held, ports
+    raise RuntimeError(f"no ten ports in a row are free from {PORTS.start} to {PORTS.stop - 1}")
 
 
 def wait_for(what: str, test: Callable[[], Any], timeout_s: float = START_S) -> Any:
@@ -248,6 +270,7 @@ def cluster(max_array: int = 1001, more: str = "", gpu: str = "") -> Iterator[Sl
         yield slurm
     finally:
         _stop(slurm)
+        slurm.ports_held.close()
         shutil.rmtree(folder, ignore_errors=True)
         if not list(folder.parent.glob("lemonade-slurm-*")):  # no other one is up, whose jobs pass there
             for path, mode in opened.items():
@@ -257,12 +280,12 @@ def cluster(max_array: int = 1001, more: str = "", gpu: str = "") -> Iterator[Sl
 
 def _start(slurm: Slurm, max_array: int, more: str, gpu: str) -> None:
     folder = slurm.folder
-    port, dbd_port, sql_port, *node_ports = free_ports(3 + len(NODES))
+    port, dbd_port, sql_port, *node_ports = slurm.ports
     host = socket.gethostname()
     nodes = "\n".join(
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={number} CPUs=2 RealMemory=5000 "
         f"Gres=gpu:{gpu}{':' * bool(gpu)}1"
-        for name, number in zip(NODES, node_ports, strict=True)
+        for name, number in zip(NODES, node_ports, strict=False)
     )
     words = {
         "folder": folder, "host": host, "port": port, "dbd_port": dbd_port, "sql_port": sql_port, "nodes": nodes,
@@ -282,9 +305,7 @@ def _start(slurm: Slurm, max_array: int, more: str, gpu: str) -> None:
     slurm.start_controller()
     for name in NODES:
         slurm.start_node(name)
-    wait_for(
-        "all nodes are idle", lambda: slurm.run("sinfo", "-h", "-p", "main", "-o", "%T %D") == f"idle {len(NODES)}\n"
-    )
+    wait_for("all nodes are idle", slurm.nodes_are_idle)
 
 
 def _start_munge(slurm: Slurm) -> None:
