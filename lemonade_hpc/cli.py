@@ -80,8 +80,7 @@ def search(
         folder = run if run is not None else Path(Path(source).stem)
         try:
             with ProgressView(tables.console(stderr=True)) as view:
-                with session.patient(view.note, folder):
-                    settings = settings or config.load(source)
+                settings = settings or session.patiently(lambda: config.load(source), folder, view.note)
                 session.search(settings, folder, view, take_over=take_over)
         except Stopped as stop:
             follows = "" if isinstance(stop, Superseded) else f" {_how_to_go_on(source, run, isinstance(stop, Halted))}"

@@ -90,8 +90,10 @@ def stop_order(epoch: int) -> Path:
 
 def epochs(run: Path) -> list[int]:
     """Numbers of the epochs that a run has seen, ascending."""
-    folder = run / EPOCHS
-    return sorted(int(item.name) for item in folder.iterdir() if item.name.isdigit()) if folder.is_dir() else []
+    try:
+        return sorted(int(item.name) for item in (run / EPOCHS).iterdir() if item.name.isdigit())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def assigned_log(epoch: int, worker: str) -> Path:
@@ -102,6 +104,17 @@ def assigned_log(epoch: int, worker: str) -> Path:
 def done_log(worker: str) -> Path:
     """Worker to coordinator."""
     return WORKERS / worker / "done.log"
+
+
+def size(path: Path) -> int | None:
+    """A file's size in bytes, None where there is none.
+
+    Raises OSError where that cannot be told, which `Path.exists` does not everywhere (from Python 3.14 on never).
+    """
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def sha256(content: bytes) -> str:

@@ -23,7 +23,8 @@ OUT_OF_MEMORY = "out of memory"
 TOO_MUCH = re.compile(r"oom.kill|exceeded (job )?memory limit", re.IGNORECASE)
 """In what Slurm writes to the log of such a job, whose state does not always say it."""
 STRIKES = 3
-"""Different children, or workers, that come to grief in a row on a node before it is excluded."""
+"""Different children, or workers, that come to grief on a node, and times in a row that some do, before it is excluded.
+"""
 
 ADVICE = {
     "walltime": "; raise cluster.time_min, or let checkpoints be made sooner (cluster.checkpoint_min)",
@@ -81,9 +82,9 @@ def bad_nodes(history: History) -> Iterator[tuple[str, str]]:
     A node that has trained children is only at fault where another one that did does well: else the children may be,
     or what all nodes share.
     """
-    struck = {node for node, strikes in history.strikes.items() if len(strikes) >= STRIKES}
+    who = {node: set().union(*events) for node, events in history.strikes.items()}
+    struck = {node for node, events in history.strikes.items() if min(len(events), len(who[node])) >= STRIKES}
     well = history.fruitful - struck - history.excluded.keys()
     for node in struck - history.excluded.keys():
-        strikes = history.strikes[node]
         if well or node not in history.fruitful:
-            yield node, f"{', '.join(sorted(strikes))} came to grief there, one after another"
+            yield node, f"{', '.join(sorted(who[node]))} came to grief there, one after another"

@@ -163,8 +163,7 @@ def refuse_to_go_on(run: Path, loaded: Loaded, note: Callable[[str], None]) -> N
     history, order = loaded.history, run / files.stop_order(loaded.epoch)
     if begun_by_a_person():
         return
-    ordered = order.exists() and order.stat().st_size
-    if history.halted or ordered:
+    if history.halted or files.size(order):
         end(record.read_identity(run)["run"])
         raise Halted(str(history.why_closed) if history.halted else STOPPED)
     if history.num_crashes:

@@ -45,7 +45,7 @@ def path_of(config: Config) -> Path | None:
 
 
 def read(config: Config) -> Image | None:
-    """The image of a run's workers, read through; raises ConfigError where that cannot be.
+    """The image of a run's workers, read through; raises ConfigError where there is none, OSError where it fails.
 
     A folder that is used as an image may change at any time: on this machine it is like none.
     """
@@ -56,6 +56,8 @@ def read(config: Config) -> Image | None:
         stamp = _stamp(path)
         return Image(path, _digest(path), stamp)
     except OSError as error:
+        if error.errno in files.STORAGE_ERRORS:
+            raise
         raise ConfigError(
             f"container.image: {path}: {error.strerror}; give an image (.sif) that every node can read"
         ) from error

@@ -182,7 +182,7 @@ class Coordinator:
         """What is not there of the weights that an outcome names."""
         if "weights" in outcome:
             path = self.run / outcome["weights"]["path"]
-            if not path.exists() or path.stat().st_size != outcome["weights"]["bytes"]:
+            if files.size(path) != outcome["weights"]["bytes"]:
                 return f"{path} is missing or has the wrong size"
         return None
 

@@ -343,7 +343,7 @@ class Crew:
         """
         history = self._ledger.history
         epoch, stale_s = self._ledger.epoch, self._cluster.stale_s
-        self._adopted = frozenset(history.reporters())
+        self._adopted, now = frozenset(history.reporters()), time.monotonic()
         self.handles = {name: WorkerHandle(self._run, epoch, name, stale_s) for name in sorted(self._adopted)}
         for name, known in history.workers.items():
             self._backend.adopt(name, known.launch, known.place)
@@ -357,6 +357,8 @@ class Crew:
             if handle.tasks:
                 handle.assign(handle.tasks)
             self._hear(handle, last_words=True)
+            if handle.heard_s is not None:  # what all of them said before is heard one after another
+                handle.heard_s = now, now
 
     # ------------------------------------------------------------ ends
 

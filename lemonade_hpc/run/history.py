@@ -146,9 +146,9 @@ class History:
         """How workers ended, and how many did so."""
         self.usage = Usage()
         self.num_lost = dict.fromkeys(LOSSES, 0)
-        self.strikes: dict[str, set[str]] = {}
-        """By node: children that crashed there and nowhere else, and workers that could not work there, one after
-        another, since the last child that was trained there."""
+        self.strikes: dict[str, list[set[str]]] = {}
+        """By node: children that crashed there and nowhere else, and workers that could not work there, since the last
+        child that was trained there: those that did so at the same time, and these one after another."""
         self.last_fault: str | None = None
         """Why the last worker came to grief, since the last child that was trained."""
         self.fruitful: set[str] = set()
@@ -238,10 +238,17 @@ class History:
             self.last_fault = event["fault"]
             struck = self._died_under(event["worker"], event["how"]) if event.get("blame") else set()
             struck = struck or {f"worker {event['worker']}"}
-            if node is not None and not event.get("together"):
-                self.strikes.setdefault(node, set()).update(struck)
+            if node is not None:
+                self._strike(node, struck, again=not event.get("together"))
             for number in self.attempts:
                 self._forgive(number)
+
+    def _strike(self, node: str, struck: set[str], *, again: bool) -> None:
+        """Somebody came to grief on a node: another time, or together with who did last."""
+        events = self.strikes.setdefault(node, [])
+        if again or not events:
+            events.append(set())
+        events[-1] |= struck
 
     def _died_under(self, worker: str, how: str) -> set[str]:
         """Charge the children that a worker was training when it died: they may be the cause."""
@@ -262,15 +269,16 @@ class History:
                 worker = self.workers.get(attempt.worker)
                 self.usage.wasted += event["seconds"] * max(worker.gpus if worker else 0, 1)
                 if attempt.lost == "crash" and attempt.node is not None:
-                    self.strikes.setdefault(attempt.node, set()).add(f"child {event['child']}")
+                    self._strike(attempt.node, {f"child {event['child']}"}, again=True)
         self._forgive(event["child"])
 
     def _forgive(self, number: int) -> None:
         """Nodes are not at fault where a child came to grief on several: it is itself."""
         attempts = self.attempts.get(number, [])
         if len({one.node for one in attempts if one.lost == "crash" or one.death is not None}) > 1:
-            for strikes in self.strikes.values():
-                strikes.discard(f"child {number}")
+            for node, events in self.strikes.items():
+                kept = [event - {f"child {number}"} for event in events]
+                self.strikes[node] = [event for event in kept if event]
 
     def _committed(self, outcome: dict[str, Any]) -> None:
         self.num_crashes = 0

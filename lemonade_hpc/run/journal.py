@@ -76,7 +76,7 @@ def read(run: Path, newest: int | None = None) -> Journals:
 def _copies(run: Path, epoch: int) -> dict[Path, bytes]:
     """Both copies of an epoch's journal. The one that is written last is read first: a living writer is no damage."""
     paths = [run / path for path in files.journals(epoch)]
-    contents = {path: path.read_bytes() if path.exists() else b"" for path in reversed(paths)}
+    contents = {path: path.read_bytes() if files.size(path) else b"" for path in reversed(paths)}
     return {path: contents[path] for path in paths}
 
 

@@ -14,6 +14,8 @@ from lemonade_hpc.run.handle import WorkerHandle
 
 PER_WORKER = 3
 """Workers in a row that may end without any outcome, per worker wanted, before the run stops."""
+TOGETHER_S = 60.0
+"""Workers of one node whose last words are no further apart may have fallen of one cause; `stale_s` is added."""
 MORE_THAN_UNDER_ONE = 3
 """So many more than may end under one child they may be in any case: that one is to be given up before."""
 
@@ -26,21 +28,23 @@ class Misfortunes:
         self._run, self._elsewhere = run, elsewhere
         self._most = max(PER_WORKER * cluster.workers, under_one)
         self._fell: dict[str, float] = {}
-        """By node: when the last words were heard of the worker that came to grief there last."""
+        """By node: when the last words were heard of the first worker of the event that was the last there."""
+        self._together_s = TOGETHER_S + (cluster.stale_s or 0.0)
         self._last = ""
         self.count = 0
         self.heard_any = False
         """Whether anything that a worker wrote has ever come to the run folder."""
 
     def fell_together(self, handle: WorkerHandle) -> bool:
-        """Whether another one that came to grief on its node was at work there at the same time: it is one event.
+        """Whether it was at work on its node when another one came to grief there, and did so itself soon: one event.
 
         It may be a file system that was away, and no fault of the node's.
         """
         if handle.node is None or handle.heard_s is None:
             return False
         first, last = handle.heard_s
-        if first <= self._fell.get(handle.node, -math.inf):
+        began = self._fell.get(handle.node, -math.inf)
+        if first <= began and abs(last - began) <= self._together_s:
             return True
         self._fell[handle.node] = last
         return False

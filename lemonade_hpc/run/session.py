@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import explain, files
@@ -38,7 +38,9 @@ MAY_CHANGE = ("cluster", "container", "storage", "search.children", "data.root")
 HELD_S = 60.0
 """How often a coordinator of a chain looks whether the one before, which Slurm has given up, has really ended."""
 ROOM_S = 600.0
-"""How long one waits before it leaves where nothing can be written: another one follows at once."""
+"""How long one of a chain waits where the file system fails; if it leaves then, another one follows at once."""
+
+Done = TypeVar("Done")
 
 
 def search(config: Config, run: Path, observer: Observer, *, take_over: bool = False) -> History:
@@ -47,39 +49,51 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     Raises ConfigError (the user's input, nothing was written), RunFailed, RecordError or StoreError (exit code 1),
     Stopped (the same call goes on).
     """
-    with patient(observer.note, run):
+
+    def begin() -> Coordinator | History:
         try:
-            opened = _open(config, run, observer, take_over=take_over or chain.takes_over())
+            return _open(config, run, observer, take_over=take_over or chain.takes_over())
         finally:
             chain.has_begun(run)
-        if isinstance(opened, History):
-            return opened
-        return _run(opened, observer)
 
-
-@contextmanager
-def patient(note: Callable[[str], None], run: Path) -> Iterator[None]:
-    """Where the file system fails, raise NoRoom; in a chain, later: its successor is to begin no sooner."""
+    opened = patiently(begin, run, observer.note)
+    if isinstance(opened, History):
+        return opened
     try:
-        yield
+        return _run(opened, observer)
     except (OSError, NoRoom) as error:
-        if isinstance(error, OSError) and error.errno not in files.STORAGE_ERRORS:
-            raise
-        if chain.is_link():
-            with contextlib.suppress(OSError):
-                chain.has_begun(run)
-            note(f"cannot go on: {error}. The next coordinator looks again in {ROOM_S / 60:.0f} minutes")
-            time.sleep(ROOM_S)
-        if isinstance(error, NoRoom):
-            raise
-        raise NoRoom(f"the file system fails: {files.in_words(error)}") from error
+        raise _waited(error, run, observer.note) from error
+
+
+def patiently(do: Callable[[], Done], run: Path, note: Callable[[str], None]) -> Done:
+    """Do it. Where the file system fails, raise NoRoom; a link of a chain tries again: it knows what a person said."""
+    while True:
+        try:
+            return do()
+        except (OSError, NoRoom) as error:
+            no_room = _waited(error, run, note)
+            if not chain.is_link():
+                raise no_room from error
+
+
+def _waited(error: OSError | NoRoom, run: Path, note: Callable[[str], None]) -> NoRoom:
+    """What to raise where the file system fails, in a chain later; raises what is no such error at once."""
+    if isinstance(error, OSError) and error.errno not in files.STORAGE_ERRORS:
+        raise error
+    no_room = error if isinstance(error, NoRoom) else NoRoom(f"the file system fails: {files.in_words(error)}")
+    if chain.is_link():
+        with contextlib.suppress(OSError):
+            chain.has_begun(run)
+        note(f"cannot go on: {no_room}. To be tried again in {ROOM_S / 60:.0f} minutes")
+        time.sleep(ROOM_S)
+    return no_room
 
 
 def _open(config: Config, run: Path, observer: Observer, *, take_over: bool) -> Coordinator | History:
     """Check everything and take the run's lease; where nothing is left to be done, what has happened in it."""
     data = data_sets.load(config.data)
     config = resolve(config, data.shape)
-    if new := not (run / files.RUN).exists():
+    if new := files.size(run / files.RUN) is None:
         _check_backend(config)
     image = container.read(config)
     fixed = _prepare(config, data, run, image)
@@ -190,7 +204,7 @@ def submission(config: Config, run: Path) -> tuple[str, str]:
     """The scripts of the coordinator's job and of a worker's, as `submit` would have them run."""
     config, _ = _to_submit(config)
     slurm.check_commands()
-    new = not (run / files.RUN).exists()
+    new = files.size(run / files.RUN) is None
     run_id = "x" * 8 if new else record.read_identity(run)["run"]
     folder = run / files.WORKERS / "e1w00" / "job"
     python = container.worker_python(run) if container.path_of(config) else None
@@ -231,7 +245,7 @@ def _nothing_to_do(run: Path, loaded: Loaded) -> bool:
 
 def _prepare(config: Config, data: data_sets.DataSet, run: Path, image: Image | None = None) -> Problem:
     """Check configuration and folder against each other; write `run.json` where the run is new."""
-    if (run / files.RUN).exists():
+    if files.size(run / files.RUN) is not None:
         return _go_on(config, data, run)
     try:
         fixed = evolution.problem(config, Signature(data.shape, data.num_classes), data.majority_error)
@@ -287,9 +301,11 @@ def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run:
 def _same_image(config: Config, run: Path, history: History, image: Image | None, note: Callable[[str], None]) -> None:
     """Refuse to go on in another image than last, unless that is allowed: what computes may compute otherwise."""
     numbers = files.epochs(run)
-    attempts = [one for all_ in history.attempts.values() for one in all_]
-    kept = history.state.num_committed or any(one.done or one.lost is None for one in attempts)
-    if not numbers or not kept:
+    attempts = [
+        (files.attempt_folder(number, one.id), one) for number, all_ in history.attempts.items() for one in all_
+    ]
+    saved = (one.done or one.lost is None or any((run / folder).glob("*")) for folder, one in attempts)
+    if not numbers or not (history.state.num_committed or any(saved)):
         return
     try:
         before = lease.read_owner(run, numbers[-1]).get("image")

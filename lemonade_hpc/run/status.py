@@ -109,7 +109,7 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
         "coordinators": None if coordinators is None else others,
         "job_name": chain.job_name(content["run"]) if (run / files.SLURM / chain.TEMPLATE.name).exists() else None,
         "log": str(logs[-1]) if logs else None,
-        "log_is_newer": bool(logs) and _job(logs[-1]) > _number(who.get("slurm_job") if who else "0"),
+        "log_is_newer": bool(logs) and (not numbers or _is_newer(logs[-1], run / files.owner(numbers[-1]), who)),
         "log_ends": _last_line(logs[-1]) if logs else None,
         "warnings": list(loaded.warnings),
         "data": {
@@ -140,12 +140,13 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
 
 def _job(log: Path) -> float:
     """The number of the job of a coordinator's log, which grows."""
-    return _number(log.stem.rpartition("-")[2])
+    number = log.stem.rpartition("-")[2]
+    return int(number) if number.isdigit() else -math.inf
 
 
-def _number(job: str | None) -> float:
-    """A job's number; more than any where there is none: what is said of others is no news then."""
-    return int(job) if job and job.isdigit() else math.inf
+def _is_newer(log: Path, owner: Path, who: dict[str, Any]) -> bool:
+    """Whether a log is that of a coordinator which came after the last one on record, and did not get so far."""
+    return log.stem.rpartition("-")[2] != who.get("slurm_job") and log.stat().st_mtime_ns > owner.stat().st_mtime_ns
 
 
 def _last_line(log: Path) -> str:

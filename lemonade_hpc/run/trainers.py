@@ -121,7 +121,7 @@ class ProcessTrainer:
         if not output:
             return
         self._tail = (self._tail + output)[-TAIL:]
-        with open(self._log, "ab") as file:
+        with contextlib.suppress(OSError), open(self._log, "ab") as file:  # a full disk, say: the tail is told anyway
             file.write(output[: max(0, LOG_CAP - file.tell())])
 
 

@@ -172,7 +172,7 @@ class Worker:
             self._late.waits(True)
             return True
         path = self.run / files.assigned_log(epoch, self.name)
-        owned = _owner(self.run, epoch) if path.exists() else None
+        owned = _owner(self.run, epoch) if files.size(path) is not None else None
         if owned is None:
             return self._late.waits(False)
         if self._epoch and (owned.get("code"), owned.get("image")) != self._made_of:
@@ -271,9 +271,10 @@ class Worker:
             if self._trainer is None:
                 self._ready = False
                 self._trainer = self._through_outages(lambda: self._start_trainer(self._epoch))
-            self._current, self._started_at = self._queue.popleft(), time.monotonic()
-            self._deadline = self._started_at + self._timeout_s
+            self._current = self._queue.popleft()
             self._say("started", child=self._current["child"], attempt=self._current["attempt"])
+            self._started_at = time.monotonic()
+            self._deadline = self._started_at + self._timeout_s
             self._trainer.send(self._current)
 
     def _may_begin(self) -> bool:
@@ -325,15 +326,22 @@ class Worker:
         self._through_outages(lambda: self._done.append([{"say": what, "at": at, **rest}], durable=durable))
 
     def _through_outages(self, do: Callable[[], Done]) -> Done:
-        """Do it, again and again for a while where the file system fails: a worker's place is worth the wait."""
-        until = time.monotonic() + self._outage_s
+        """Do it, again and again for a while where the file system fails: a worker's place is worth the wait.
+
+        That is no time of its child's, which may wait for the same.
+        """
+        began = time.monotonic()
         while True:
             try:
-                return do()
+                done = do()
+                break
             except OSError as error:
-                if error.errno not in files.STORAGE_ERRORS or self.signalled or time.monotonic() >= until:
+                waited_s = time.monotonic() - began
+                if error.errno not in files.STORAGE_ERRORS or self.signalled or waited_s >= self._outage_s:
                     raise
             time.sleep(OUTAGE_POLL_S)
+            self._deadline += time.monotonic() - began - waited_s
+        return done
 
     def _leave(self, reason: str) -> bool:
         self._drop_trainer()

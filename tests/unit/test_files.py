@@ -115,6 +115,23 @@ def test_epochs_are_numbers_in_order(tmp_path: Path) -> None:
     assert files.epochs(tmp_path) == [2, 10]
 
 
+def test_what_cannot_be_told_of_a_path_is_not_taken_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `Path.exists` and `is_dir` do from Python 3.14 on: a run whose folder is away would seem to have no epochs."""
+    (tmp_path / "file").write_bytes(b"ab")
+    assert files.size(tmp_path / "file") == 2
+    assert files.size(tmp_path / "none") is None and files.size(tmp_path / "file" / "below") is None
+    assert files.epochs(tmp_path / "file") == []
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    away = tmp_path / ("x" * 300)  # a name that no file system takes
+    with pytest.raises(OSError, match="File name too long"):
+        files.size(away)
+    with pytest.raises(OSError, match="File name too long"):
+        files.epochs(away)
+
+
 @given(JSON)
 @settings(max_examples=40, deadline=None)
 def test_dumps_is_one_line_and_canonical(value: object) -> None:

@@ -17,7 +17,7 @@ import pytest
 from lemonade_hpc import cli, files
 from lemonade_hpc import config as configs
 from lemonade_hpc.config import ConfigError
-from lemonade_hpc.run import cancel, chain, lease, owner, queue, record, session, slurm, status
+from lemonade_hpc.run import cancel, chain, container, lease, owner, queue, record, session, slurm, status
 from lemonade_hpc.run.coordinator import RunFailed, Stopped
 from lemonade_hpc.run.ledger import Halted
 
@@ -190,7 +190,7 @@ def test_a_job_submits_its_successor_and_cancels_it_only_at_an_end(
 ) -> None:
     session.submit(settings(), run)
     (commands.folder / "calls").unlink()
-    changed = script_of(run, f"bash -c 'exit {code}'")
+    changed = script_of(run, f"bash -c 'rm {run}/slurm/early-*; exit {code}'")
     done = subprocess.run(["bash", "-c", changed], capture_output=True, check=False)
     assert done.returncode == code
     assert [call.partition(" ")[2] for call in commands.calls("sbatch")] == [str(run / "slurm/coordinator.sbatch")]
@@ -262,15 +262,37 @@ def test_signals_reach_the_coordinator_and_the_job_waits_for_it(run: Path, comma
     script = (run / "slurm/coordinator.sbatch").read_text().replace("sleep 60", "sleep 0.1")
     start = script.index(sys.executable)
     program = "import signal, sys, time; n = []; signal.signal(signal.SIGUSR1, lambda *a: n.append(1)); print('up')"
-    program += "\nwhile not n: time.sleep(0.01)\ntime.sleep(0.5); sys.exit(3)"
+    program += (
+        f"\nwhile not n: time.sleep(0.01)\ntime.sleep(0.5); import os; os.remove('{run}/slurm/early-7'); sys.exit(3)"
+    )
     changed = script.replace(script[start : script.index(" &\n", start)], f'{sys.executable} -u -c "{program}"')
-    with subprocess.Popen(["bash", "-c", changed], stdout=subprocess.PIPE, text=True) as job:
+    environ = os.environ | {"SLURM_JOB_ID": "7"}
+    with subprocess.Popen(["bash", "-c", changed], stdout=subprocess.PIPE, text=True, env=environ) as job:
         assert job.stdout is not None
         while job.stdout.readline().strip() != "up":
             pass
         job.send_signal(10)
         job.send_signal(15)
         assert job.wait(20) == 3
+
+
+@pytest.mark.parametrize("word", [chain.FIRST, chain.TAKE_OVER])
+def test_a_job_whose_image_cannot_be_read_tries_again_and_knows_what_a_person_said(
+    run: Path, commands: Commands, word: str
+) -> None:
+    """Nor does it count as one that has died early meanwhile, nor does it submit another successor."""
+    session.submit(settings(), run)
+    (commands.folder / "calls").unlink()
+    text = script_of(run, f"bash -c 'echo $LEMONADE_CHAIN; [ -e {run}/three ] || exit 3'")
+    look = f"sleep 0.1 && ls {run}/slurm && {{ [ ! -e {run}/two ] || touch {run}/three; }} && touch {run}/two"
+    assert text.count("sleep 0.10") == 1
+    text = text.replace("sleep 0.10", look)
+    environ = os.environ | {"SLURM_JOB_ID": "7"}
+    command = ["bash", "-c", text, "name", word]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ, timeout=60)
+    assert done.stdout.split().count(word) == 3 and "early" not in done.stdout
+    assert (run / "slurm/early-7").exists()  # what is started last has it to remove
+    assert len(commands.calls("sbatch")) == len(commands.calls("scancel")) == 1
 
 
 # ---------------------------------------------------------------- ends
@@ -445,7 +467,7 @@ def test_a_coordinator_that_is_killed_before_the_record_counts_it_has_not_begun(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENOTCONN])
-@pytest.mark.parametrize("what", ["run.json", "journal.log", "config.yaml", "data"])
+@pytest.mark.parametrize("what", ["run.json", "journal.log", "config.yaml", "data", "image"])
 def test_a_link_that_begins_while_the_file_system_is_away_ends_no_chain(
     run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, what: str, number: int
 ) -> None:
@@ -459,7 +481,13 @@ def test_a_link_that_begins_while_the_file_system_is_away_ends_no_chain(
     monkeypatch.setenv(chain.LINK, "next")
     (run / "slurm" / "early-7").touch()
     waits: list[float] = []
-    monkeypatch.setattr(session, "time", SimpleNamespace(sleep=waits.append))
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "time", SimpleNamespace(sleep=wait))
     error = OSError(number, os.strerror(number), what)
 
     def failing(real: Any) -> Any:
@@ -472,16 +500,42 @@ def test_a_link_that_begins_while_the_file_system_is_away_ends_no_chain(
 
     for name in ("read_text", "read_bytes"):
         monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+
+    def away(*args: Any) -> Any:
+        raise error
+
     if what == "data":
-
-        def away(*args: Any) -> Any:
-            raise error
-
         monkeypatch.setattr(session.data_sets, "load", away)
+    if what == "image":
+        monkeypatch.setenv(container.AROUND, str(run.parent / "an.sif"))
+        (run.parent / "an.sif").touch()
+        monkeypatch.setattr(container, "_digest", away)
     with pytest.raises(SystemExit) as ended:
         cli.main(["search", str(run / "slurm/config.yaml"), "--run", str(run)])
-    assert ended.value.code == cli.STOPPED and waits == [session.ROOM_S]
+    assert ended.value.code == cli.STOPPED and waits == [session.ROOM_S] * 3
     assert not (run / "slurm" / "early-7").exists()
+
+
+def test_a_link_that_waits_for_the_file_system_knows_what_a_person_said(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run was halted: who does not know that somebody has mended it would end the chain."""
+    with pytest.raises(Halted):
+        doubles.search(run, CAPPED, backend=dying(run))
+    monkeypatch.setenv(chain.LINK, chain.FIRST)
+    waits: list[float] = []
+    monkeypatch.setattr(session, "time", SimpleNamespace(sleep=waits.append))
+    load = record.load
+
+    def away(*args: Any) -> Any:
+        if len(waits) < 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return load(*args)
+
+    monkeypatch.setattr(record, "load", away)
+    notes = doubles.Notes()
+    assert doubles.search(run, settings(), backend=doubles.FakeBackend(run), notes=notes).state.complete
+    assert waits == [session.ROOM_S] * 2 and len(notes.about("Stale file handle. To be tried again in 10 minutes")) == 2
 
 
 def test_a_coordinator_that_leaves_in_words_has_begun(
@@ -530,7 +584,7 @@ def test_a_link_that_cannot_write_leaves_late(
     notes = doubles.Notes()
     with pytest.raises(Stopped, match="cannot write: .*No space left on device"):
         doubles.search(run, settings(), lambda task: "storage", notes=notes)
-    assert waits == [session.ROOM_S] * link and len(notes.about("looks again in 10 minutes")) == link
+    assert waits == [session.ROOM_S] * link and len(notes.about("To be tried again in 10 minutes")) == link
 
 
 # ---------------------------------------------------------------- whether a job's coordinator lives
@@ -697,6 +751,8 @@ def test_a_run_with_nothing_left_to_do_is_not_submitted(run: Path, commands: Com
         doubles.search(failed, settings(stale_s=0), backend=doubles.FakeBackend(failed, lambda task: "fail"))
     with pytest.raises(ConfigError, match="no initial network is valid; mend the cause and give another --run folder"):
         session.submit(settings(stale_s=0), failed)
+    with pytest.raises(ConfigError, match="no initial network is valid"):  # as `doctor` tells
+        session.check_run(configs.resolve(settings(stale_s=0), doubles.images().shape), doubles.images(), failed)
 
 
 @pytest.mark.parametrize("name", ['a"b', "50%", "a\\b", "a\nb"])
@@ -766,9 +822,14 @@ def test_the_status_shows_what_waits_in_the_queue_of_a_run_that_is_not_complete(
     assert told["coordinators"] == [{"id": "9", "state": "PENDING", "reason": "Dependency", "node": ""}]
     assert told["log"] == str(log) and told["log_ends"] == "module: not found" and told["job_name"] is None
     owned = json.loads((run / files.owner(1)).read_text())
-    for job, newer in (("7", True), ("8", False), ("10", False), (None, False), ("7+0", False)):
+    for job, later_s, newer in (("7", 1, True), ("8", 1, False), ("10", -1, False), (None, 1, True), (None, -1, False)):
         (run / files.owner(1)).write_text(json.dumps(owned | {"owner": owned["owner"] | {"slurm_job": job}}))
+        began_s = (run / files.owner(1)).stat().st_mtime
+        os.utime(log, (began_s, began_s + later_s))
         assert status.status(run, lambda who: "gone")["log_is_newer"] == newer
+    (run / files.EPOCHS).rename(run / "away")  # a first one that never began
+    assert status.status(run, lambda who: "gone")["log_is_newer"]
+    (run / "away").rename(run / files.EPOCHS)
     (run / files.SLURM / "coordinator.sbatch").touch()
     assert status.status(run, lambda who: "gone")["job_name"] == name
     commands.fail("squeue")

@@ -203,6 +203,13 @@ def test_a_child_that_is_half_trained_is_a_reason_to_keep_the_image(run: Path, i
     attempts[0].done, attempts[0].lost = 0.0, None  # its coordinator was killed: it may have been saved since
     with pytest.raises(ConfigError, match=r"ran in none, now it is in the image"):
         session._same_image(settings(image), run, history, now, lambda text: None)
+    attempts[0].lost = "worker"
+    session._same_image(settings(image), run, history, now, lambda text: None)
+    folder = run / files.attempt_folder(next(iter(history.attempts)), attempts[0].id)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoint").touch()  # its worker has died before it could say so
+    with pytest.raises(ConfigError, match=r"ran in none, now it is in the image"):
+        session._same_image(settings(image), run, history, now, lambda text: None)
 
 
 def test_who_asks_for_folders_knows_what_is_wrong_from_what_may_pass(
@@ -327,7 +334,7 @@ def test_a_coordinator_in_an_image_is_started_in_it_by_a_helper_of_its_own(
     session.submit(settings(container={"binds": [str(image.parent)]}), run)
     script, copy = (run / files.SLURM / "coordinator.sbatch").read_text(), run.resolve() / files.SLURM / "helper.py"
     assert copy.read_bytes() == Path(helper.__file__).read_bytes()
-    line = next(line for line in script.splitlines() if line.startswith("python3 "))
+    line = next(line for line in map(str.strip, script.splitlines()) if line.startswith("python3 "))
     assert shlex.split(line.removesuffix(" &")) == [
         "python3", "-I", str(copy), "--image", str(image), "--bind", str(image.parent), "search",
         str(run.resolve() / files.SLURM / "config.yaml"), "--run", str(run.resolve()),

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lemonade_hpc.run.handle import WorkerHandle
 from lemonade_hpc.run.history import Attempt, History
 from lemonade_hpc.run.ledger import Halted, Superseded
 from lemonade_hpc.run.log import LogWriter, Message
+from lemonade_hpc.run.misfortunes import TOGETHER_S, Misfortunes
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -122,8 +124,76 @@ def test_workers_that_fall_at_the_same_time_are_one_event(run: Path, fall: list[
         made._turn()
     for _ in range(3):
         made._turn()
-    assert not made.history.excluded and all(len(strikes) <= 1 for strikes in made.history.strikes.values())
+    assert not made.history.excluded and all(len(events) == 1 for events in made.history.strikes.values())
     assert made.history.departures["died"] == 3 * len(fall)
+    made.close()
+
+
+def test_workers_that_died_with_their_coordinator_are_one_event(run: Path) -> None:
+    """Its successor hears one after another what each of them had said."""
+    backend = FakeCluster(run, num_nodes=2)
+    many = settings("steady_state", 60, workers=6)
+    first = doubles.start(run, many, backend)
+    while first.history.state.num_committed < 20:
+        first._turn()
+    backend.words = lambda node, task: "hang"
+    while not all(one._current for one in backend.workers.values()):
+        first._turn()
+    for name in [name for name in backend.workers if backend.node_of[name] == "n0"]:
+        backend.die(name)
+    second = doubles.start(run, many, backend)
+    for _ in range(4):
+        second._turn()
+    assert [len(event) for event in second.history.strikes["n0"]] == [3] and not second.history.excluded
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("spans", "together"),
+    [
+        ([(0, 100), (0, 130), (0, 100 + TOGETHER_S + 1), (0, 165)], [False, True, False, True]),
+        ([(0, 100), (0, 140), (0, 180)], [False, True, False]),  # not one to the next: to the first
+        ([(0, 100), (101, 102), (101, 103), (104, 105)], [False, False, True, False]),  # begun after the other fell
+        ([(0, 3600), (0, 5 * 3600), (0, 9 * 3600)], [False, False, False]),  # begun together only
+        ([(0, 100), (0, 10)], [False, False]),  # found later, silent long before
+        ([None, None, None], [False, False, False]),
+    ],
+)
+def test_who_falls_together(spans: list[tuple[float, float] | None], together: list[bool]) -> None:
+    series = Misfortunes(Path(), settings().cluster, elsewhere=True)
+    assert [series.fell_together(SimpleNamespace(node="n0", heard_s=one)) for one in spans] == together  # type: ignore[arg-type]
+    assert not series.fell_together(SimpleNamespace(node="n1", heard_s=(0, 100)))  # type: ignore[arg-type]
+
+
+def test_a_series_of_those_that_do_not_count_ends_no_run() -> None:
+    series = Misfortunes(Path(), settings().cluster, elsewhere=True)
+    assert not any(series.add("adopted", counts=False) for _ in range(100))
+    assert [series.add("own", counts=True) for _ in range(10)] == [False] * 9 + [True] and series.count == 10
+
+
+@pytest.mark.parametrize("workers", [3, 8])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_node_that_kills_what_begins_there_is_excluded_however_many_begin(
+    run: Path, workers: int, at_once: bool
+) -> None:
+    """It is the one with free places, as its workers die: then all of them begin there, with the same children."""
+
+    class Hole(FakeCluster):
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            self.nodes = ["n1"] if "n0" in avoid else ["n0"]
+            super().launch(names, avoid)
+
+    backend = Hole(run, lambda node, task: "long" if node == "n0" else None)
+    made = doubles.start(run, settings("steady_state", 40, workers=workers), backend)
+    fallen = 0
+    while not made.history.state.complete:
+        made._turn()
+        lost = [name for name, one in backend.workers.items() if one._current and backend.node_of[name] == "n0"]
+        for name in lost if at_once else lost[:1]:
+            backend.die(name)
+            fallen += 1
+    assert set(made.history.excluded) == {"n0"} and made.history.state.num_failed == 0
+    assert fallen <= budgets.STRIKES * workers
     made.close()
 
 

@@ -576,7 +576,8 @@ def test_an_image_that_cannot_be_read_now_ends_no_chain(
 
     monkeypatch.setattr(helper, "open", away, raising=False)
     assert helper.main(helper._parse(["status", "run"])) == code
-    assert os.strerror(number) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert os.strerror(number) in said and ("try again later" in said) == (code == 3)
 
 
 def test_a_folder_by_another_name_is_known_inside_by_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,6 +198,18 @@ def test_a_child_that_takes_too_long_is_ended_also_while_the_worker_waits(desk: 
     desk.worker.wait()
     (outcome,) = desk.heard("outcome")
     assert outcome["outcome"]["failure"]["kind"] == "timeout"
+
+
+def test_a_worker_that_must_leave_waits_no_longer_than_until_its_child_is_saved(desk: Desk) -> None:
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    assert desk.steps()
+    desk.worker.caught.append(signal.SIGTERM)
+    assert desk.worker.step() and desk.trainers[0].num_saves == 1
+    desk.trainers[0].messages.append(saved(0))
+    before, desk.worker.poll_s = desk.clock.now, 30.0
+    desk.worker.wait()
+    assert desk.clock.now < before + 0.1 and not desk.worker.step()
 
 
 def test_a_trainer_that_cannot_start_ends_the_wait_and_is_told_of_once(desk: Desk) -> None:
@@ -666,6 +680,16 @@ def test_a_trainer_process_that_dies_tells_how(tmp_path: Path, monkeypatch: pyte
     trainer.kill()
 
 
+def test_a_trainer_is_heard_and_its_last_words_known_where_its_log_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standin(monkeypatch, "print('a warning', file=sys.stderr, flush=True); print('{\"ready\": 1}'); sys.exit(7)")
+    trainer = ProcessTrainer(tmp_path, 1, Path("/dev/full"))
+    assert until(trainer.poll) == [{"ready": 1}]
+    assert until(trainer.died) == "exit code 7\na warning"
+    trainer.kill()
+
+
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL"])
 def test_a_trainer_process_killed_by_a_signal_tells_which(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -880,6 +904,45 @@ def test_a_worker_outlives_a_file_system_that_is_away(desk: Desk, monkeypatch: p
     desk.clock.now += worker.BEAT_S
     with pytest.raises(OSError, match="Input/output error"):
         desk.steps()
+
+
+@pytest.mark.parametrize("number", sorted(files.STORAGE_ERRORS))
+def test_any_trouble_of_a_file_system_is_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    back_at, real = desk.clock.now + 30, files.epochs
+
+    def away(run: Path) -> list[int]:
+        if desk.clock.now < back_at:
+            raise OSError(number, os.strerror(number))
+        return real(run)
+
+    monkeypatch.setattr(files, "epochs", away)
+    assert desk.steps() and desk.clock.now >= back_at
+
+
+@pytest.mark.parametrize("what", ["started", "epoch", "alive"])
+def test_what_a_worker_waits_for_a_file_system_is_no_time_of_its_childs(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    desk.words[0] = "hang"
+    real, back_at = LogWriter.append, list[float]()
+
+    def away(log: LogWriter, messages: list[Message], **options: Any) -> None:
+        if messages[0]["say"] == what and not back_at:
+            back_at.append(desk.clock.now + 200)
+        if back_at and desk.clock.now < back_at[0]:
+            raise OSError(errno.EIO, "Input/output error")
+        real(log, messages, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogWriter, "append", lambda log, messages, **options: away(log, list(messages), **options))
+        patch.setattr(desk, "mailbox", SimpleNamespace(append=partial(real, desk.mailbox)))
+        desk.send(task(0))
+        assert desk.steps(1)
+        desk.trainers[0].messages.append({"child": 0, "attempt": "e1a1", "epoch": 1})
+        desk.clock.now += worker.BEAT_S
+        assert desk.steps(3) and desk.clock.now >= back_at[0] and not desk.heard("outcome")
+    assert desk.wait(100) and not desk.heard("outcome")
+    assert desk.wait(30) and desk.heard("outcome")[0]["outcome"]["failure"]["kind"] == "timeout"
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone"), "signalled"])

@@ -590,7 +590,9 @@ def main(given: argparse.Namespace) -> int:
             file.read(1)
     except OSError as error:
         what = "{}: {}".format(image, error.strerror or error)
-        return _say(what, _readable(image)["fix"] or "try again", LATER if error.errno in AWAY else WRONG_INPUT)
+        if error.errno in AWAY:
+            return _say(what, "the file system fails: try again later", LATER)
+        return _say(what, _readable(image)["fix"] or "try again")
     folders = [image, *given.bind, *_folders(image, words, environ)]
     log = os.path.join(run, "slurm", "helper-{}.log".format(socket.gethostname()))
     helper = Helper(run if words[0] in WITH_CONFIG else None, log)

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Starts Python inside the image for a worker of one run, whose coordinator has written this. Of its variables a worker
 # sees those that are named here, of the host's folders those that are bound, by their own names.
-if [ "$(stat -Lc '%s %.9Y' @image@)" != @stamp@ ]; then
+stamp=$(stat -Lc '%s %.9Y' @image@) || exit 1
+if [ "$stamp" != @stamp@ ]; then
     echo @image@ "is another image now than when this worker was submitted" >&2
     exit 1
 fi
