@@ -82,9 +82,14 @@ def bad_nodes(history: History) -> Iterator[tuple[str, str]]:
     A node that has trained children is only at fault where another one that did does well: else the children may be,
     or what all nodes share.
     """
-    who = {node: set().union(*events) for node, events in history.strikes.items()}
-    struck = {node for node, events in history.strikes.items() if min(len(events), len(who[node])) >= STRIKES}
-    well = history.fruitful - struck - history.excluded.keys()
-    for node in struck - history.excluded.keys():
+    struck = {}
+    for node, events in history.strikes.items():
+        times = [event - history.own_fault for event in events]
+        who = set[str]().union(*times)
+        lone = {min(one) for one in times if len(one) == 1}  # a child that did so again and again counts once
+        if len(lone) + sum(len(one) > 1 for one in times) >= STRIKES <= len(who):
+            struck[node] = f"{', '.join(sorted(who))} came to grief there, one after another"
+    well = history.fruitful - struck.keys() - history.excluded.keys()
+    for node in struck.keys() - history.excluded.keys():
         if well or node not in history.fruitful:
-            yield node, f"{', '.join(sorted(who[node]))} came to grief there, one after another"
+            yield node, struck[node]

@@ -7,6 +7,7 @@ jobs with one name and owner one runs at a time. Each job submits its successor 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -154,8 +155,9 @@ def takes_over() -> bool:
 def has_begun(run: Path) -> None:
     """No series of coordinators that died before they began goes on after this one: remove their marks, and its own."""
     if is_link():
-        for path in (run / files.SLURM).glob(f"{EARLY}-*"):
-            files.remove(path)
+        with contextlib.suppress(OSError):
+            for path in (run / files.SLURM).glob(f"{EARLY}-*"):
+                files.remove(path)
 
 
 def refuse_to_go_on(run: Path, loaded: Loaded, note: Callable[[str], None]) -> None:

@@ -80,6 +80,8 @@ class Attempt:
     """Share of the child's training, of 1, that its last checkpoint holds."""
     death: str | None = None
     """How its worker died under it, in a word or two, where that was nobody else's doing."""
+    fell: set[str] | None = None
+    """Then, who came to grief on the node at the same time: this child, and maybe others."""
 
 
 LOSSES = ("crash", "walltime", "worker", "stopped")
@@ -147,8 +149,10 @@ class History:
         self.usage = Usage()
         self.num_lost = dict.fromkeys(LOSSES, 0)
         self.strikes: dict[str, list[set[str]]] = {}
-        """By node: children that crashed there and nowhere else, and workers that could not work there, since the last
-        child that was trained there: those that did so at the same time, and these one after another."""
+        """By node: children that came to grief there, and workers that could not work there, since the last child that
+        was trained there: those that did so at the same time, and these one after another."""
+        self.own_fault: set[str] = set()
+        """Children that came to grief on several nodes, not only together with others: no node is at fault."""
         self.last_fault: str | None = None
         """Why the last worker came to grief, since the last child that was trained."""
         self.fruitful: set[str] = set()
@@ -194,6 +198,7 @@ class History:
         elif kind == "pardoned":
             self.excluded.clear()
             self.strikes.clear()
+            self.own_fault.clear()
             self.num_crashes = 0
         elif kind == "attempt":
             node = self.workers[event["worker"]].node
@@ -236,29 +241,32 @@ class History:
         node = worker.node or event.get("node")
         if event["fault"]:
             self.last_fault = event["fault"]
-            struck = self._died_under(event["worker"], event["how"]) if event.get("blame") else set()
-            struck = struck or {f"worker {event['worker']}"}
+            died = self._died_under(event["worker"], event["how"]) if event.get("blame") else {}
+            struck = set(died) or {f"worker {event['worker']}"}
             if node is not None:
-                self._strike(node, struck, again=not event.get("together"))
+                struck = self._strike(node, struck, again=not event.get("together"))
+            for attempt in died.values():
+                attempt.fell = struck
             for number in self.attempts:
                 self._forgive(number)
 
-    def _strike(self, node: str, struck: set[str], *, again: bool) -> None:
-        """Somebody came to grief on a node: another time, or together with who did last."""
+    def _strike(self, node: str, struck: set[str], *, again: bool) -> set[str]:
+        """Somebody came to grief on a node: another time, or together with who did last. All who did then."""
         events = self.strikes.setdefault(node, [])
         if again or not events:
             events.append(set())
         events[-1] |= struck
+        return events[-1]
 
-    def _died_under(self, worker: str, how: str) -> set[str]:
+    def _died_under(self, worker: str, how: str) -> dict[str, Attempt]:
         """Charge the children that a worker was training when it died: they may be the cause."""
-        struck = set()
+        died = {}
         for number, attempts in self.attempts.items():
             for one in attempts:
                 if one.worker == worker and one.lost == "worker":
                     one.death = how
-                    struck.add(f"child {number}")
-        return struck
+                    died[f"child {number}"] = one
+        return died
 
     def _lost(self, event: Event) -> None:
         self.num_lost[event["kind"]] += 1
@@ -275,10 +283,8 @@ class History:
     def _forgive(self, number: int) -> None:
         """Nodes are not at fault where a child came to grief on several: it is itself."""
         attempts = self.attempts.get(number, [])
-        if len({one.node for one in attempts if one.lost == "crash" or one.death is not None}) > 1:
-            for node, events in self.strikes.items():
-                kept = [event - {f"child {number}"} for event in events]
-                self.strikes[node] = [event for event in kept if event]
+        if len({one.node for one in attempts if one.lost == "crash" or (one.fell and len(one.fell) == 1)}) > 1:
+            self.own_fault.add(f"child {number}")
 
     def _committed(self, outcome: dict[str, Any]) -> None:
         self.num_crashes = 0

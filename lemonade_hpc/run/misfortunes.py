@@ -5,7 +5,6 @@ Decides that for one coordinator's life. What it costs a child or a node is on r
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from lemonade_hpc.config import Cluster
@@ -27,8 +26,8 @@ class Misfortunes:
         under_one = max(budgets.MAX_DEATHS, cluster.retries) + MORE_THAN_UNDER_ONE
         self._run, self._elsewhere = run, elsewhere
         self._most = max(PER_WORKER * cluster.workers, under_one)
-        self._fell: dict[str, float] = {}
-        """By node: when the last words were heard of the first worker of the event that was the last there."""
+        self._fell: dict[str, list[float]] = {}
+        """By node: when the last words were heard of the first worker of each event there."""
         self._together_s = TOGETHER_S + (cluster.stale_s or 0.0)
         self._last = ""
         self.count = 0
@@ -43,10 +42,10 @@ class Misfortunes:
         if handle.node is None or handle.heard_s is None:
             return False
         first, last = handle.heard_s
-        began = self._fell.get(handle.node, -math.inf)
-        if first <= began and abs(last - began) <= self._together_s:
+        events = self._fell.setdefault(handle.node, [])
+        if any(first <= one and abs(last - one) <= self._together_s for one in events):
             return True
-        self._fell[handle.node] = last
+        events.append(last)
         return False
 
     def add(self, reason: str, *, counts: bool) -> bool:

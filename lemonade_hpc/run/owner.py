@@ -44,6 +44,12 @@ def judge(who: dict[str, Any]) -> Verdict:
     return "alive" if started is not None and started == who["started"] else "gone"
 
 
+def is_own(who: dict[str, Any]) -> bool:
+    """Whether it is this very process."""
+    here = identity()
+    return all(who.get(key) == here[key] for key in ("host", "boot", "pid_space", "pid", "started"))
+
+
 def describe(who: dict[str, Any]) -> str:
     """In words, for messages."""
     job = f", Slurm job {who['slurm_job']}" if who.get("slurm_job") else ""

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import explain, files
 from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
-from lemonade_hpc.run import backends, chain, container, lease, population, queue, record, request, slurm
+from lemonade_hpc.run import backends, chain, container, lease, owner, population, queue, record, request, slurm
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.container import Image
 from lemonade_hpc.run.coordinator import Coordinator, Observer, Stopped, Superseded
@@ -70,7 +70,7 @@ def patiently(do: Callable[[], Done], run: Path, note: Callable[[str], None]) ->
     while True:
         try:
             return do()
-        except (OSError, NoRoom) as error:
+        except OSError as error:
             no_room = _waited(error, run, note)
             if not chain.is_link():
                 raise no_room from error
@@ -82,8 +82,7 @@ def _waited(error: OSError | NoRoom, run: Path, note: Callable[[str], None]) -> 
         raise error
     no_room = error if isinstance(error, NoRoom) else NoRoom(f"the file system fails: {files.in_words(error)}")
     if chain.is_link():
-        with contextlib.suppress(OSError):
-            chain.has_begun(run)
+        chain.has_begun(run)
         note(f"cannot go on: {no_room}. To be tried again in {ROOM_S / 60:.0f} minutes")
         time.sleep(ROOM_S)
     return no_room
@@ -119,6 +118,8 @@ def _open(config: Config, run: Path, observer: Observer, *, take_over: bool) -> 
         except lease.Held as held:
             if not chain.is_link():
                 raise
+            if owner.is_own(lease.read_owner(run, files.epochs(run)[-1])["owner"]):
+                raise NoRoom("the file system failed when it had just begun") from held  # the next one goes on
             chain.has_begun(run)
             observer.note(f"{held}. Waiting for that")
             time.sleep(HELD_S)
@@ -142,6 +143,7 @@ def _run(coordinator: Coordinator, observer: Observer) -> History:
                 _tell_who_goes_on(coordinator, observer)
             raise
         finally:
+            chain.has_begun(coordinator.run)
             coordinator.close()
             if coordinator.halted and chain.is_link():
                 chain.end(record.read_identity(coordinator.run)["run"])

@@ -109,7 +109,7 @@ def status(run: Path, judge: Judge = queue.judge, look: Look = queue.queued) -> 
         "coordinators": None if coordinators is None else others,
         "job_name": chain.job_name(content["run"]) if (run / files.SLURM / chain.TEMPLATE.name).exists() else None,
         "log": str(logs[-1]) if logs else None,
-        "log_is_newer": bool(logs) and (not numbers or _is_newer(logs[-1], run / files.owner(numbers[-1]), who)),
+        "log_is_newer": bool(logs) and _is_news(run, logs[-1], numbers),
         "log_ends": _last_line(logs[-1]) if logs else None,
         "warnings": list(loaded.warnings),
         "data": {
@@ -144,9 +144,12 @@ def _job(log: Path) -> float:
     return int(number) if number.isdigit() else -math.inf
 
 
-def _is_newer(log: Path, owner: Path, who: dict[str, Any]) -> bool:
+def _is_news(run: Path, log: Path, numbers: list[int]) -> bool:
     """Whether a log is that of a coordinator which came after the last one on record, and did not get so far."""
-    return log.stem.rpartition("-")[2] != who.get("slurm_job") and log.stat().st_mtime_ns > owner.stat().st_mtime_ns
+    if numbers and log.stat().st_mtime_ns <= (run / files.owner(numbers[-1])).stat().st_mtime_ns:
+        return False
+    known = (lease.read_owner(run, number)["owner"].get("slurm_job") for number in reversed(numbers))
+    return log.stem.rpartition("-")[2] not in known
 
 
 def _last_line(log: Path) -> str:

@@ -296,8 +296,8 @@ class Worker:
                 self._known.discard(_key(self._current))
                 self._current = None
         else:
-            self._say("outcome", durable=True, outcome=message)
             self._longest_s = max(self._longest_s, time.monotonic() - self._started_at)
+            self._say("outcome", durable=True, outcome=message)
             self._current = None
 
     def _bury(self, reason: str) -> None:
@@ -330,17 +330,19 @@ class Worker:
 
         That is no time of its child's, which may wait for the same.
         """
-        began = time.monotonic()
+        began, failed = time.monotonic(), False
         while True:
             try:
                 done = do()
                 break
             except OSError as error:
-                waited_s = time.monotonic() - began
-                if error.errno not in files.STORAGE_ERRORS or self.signalled or waited_s >= self._outage_s:
+                over = time.monotonic() - began >= self._outage_s
+                if error.errno not in files.STORAGE_ERRORS or self.signalled or over:
                     raise
+            failed = True
             time.sleep(OUTAGE_POLL_S)
-            self._deadline += time.monotonic() - began - waited_s
+        if failed:
+            self._deadline += time.monotonic() - began
         return done
 
     def _leave(self, reason: str) -> bool:

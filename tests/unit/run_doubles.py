@@ -296,6 +296,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
     patch.setattr(session.data_sets, "load", lambda data: images())
     patch.setattr(owner, "judge", lambda who: "gone")
+    patch.setattr(owner, "is_own", lambda who: False)
 
 
 def reported(child: Child, failed: bool = False) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import run_doubles as doubles  # noqa: E402
 
+JUDGE, IS_OWN = owner.judge, owner.is_own
 COMMAND = """#!/bin/bash
 echo "$(basename $0) $@" >> "$(dirname $0)/calls"
 [ "$(basename $0)" = scancel ] && rm -f "$(dirname $0)/squeue.says"
@@ -286,13 +289,46 @@ def test_a_job_whose_image_cannot_be_read_tries_again_and_knows_what_a_person_sa
     text = script_of(run, f"bash -c 'echo $LEMONADE_CHAIN; [ -e {run}/three ] || exit 3'")
     look = f"sleep 0.1 && ls {run}/slurm && {{ [ ! -e {run}/two ] || touch {run}/three; }} && touch {run}/two"
     assert text.count("sleep 0.10") == 1
-    text = text.replace("sleep 0.10", look)
+    text = text.replace("sleep 0.10", f"{{ {look}; }}")
     environ = os.environ | {"SLURM_JOB_ID": "7"}
     command = ["bash", "-c", text, "name", word]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ, timeout=60)
     assert done.stdout.split().count(word) == 3 and "early" not in done.stdout
     assert (run / "slurm/early-7").exists()  # what is started last has it to remove
     assert len(commands.calls("sbatch")) == len(commands.calls("scancel")) == 1
+
+
+@pytest.mark.parametrize("signals", [["USR1"], ["TERM"]])
+def test_a_job_that_waits_for_its_image_hears_a_signal_at_once(
+    run: Path, commands: Commands, signals: list[str]
+) -> None:
+    """It leaves what is left of its time to its successor."""
+    session.submit(settings(), run)
+    text = script_of(run, "bash -c 'echo up; exit 3'").replace("sleep 0.10", "sleep 60")
+    environ = os.environ | {"SLURM_JOB_ID": "7"}
+    with subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, text=True, env=environ) as job:
+        assert job.stdout is not None
+        while job.stdout.readline().strip() != "up":
+            pass
+        while (run / "slurm/early-7").exists():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        for name in signals:
+            job.send_signal(getattr(signal, f"SIG{name}"))
+        assert job.wait(20) == 3
+        assert job.stdout.read().split().count("up") == 0
+    assert not commands.calls("scancel")
+
+
+def test_a_job_whose_mark_cannot_be_made_is_not_started_anew(run: Path, commands: Commands) -> None:
+    """Whether its coordinator had begun, and was told to stop, say, is not known; its successor follows later."""
+    session.submit(settings(), run)
+    text = script_of(run, "bash -c 'echo up; exit 3'").replace("sleep 0.1 ", "echo waits ")
+    text = text.replace(f"mine={run}/slurm/early", "mine=/nowhere/early")
+    assert "/nowhere" in text and "echo waits" in text
+    environ = os.environ | {"SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, env=environ, timeout=60)
+    assert done.returncode == 3 and done.stdout.split().count("up") == done.stdout.split().count("waits") == 1
 
 
 # ---------------------------------------------------------------- ends
@@ -536,6 +572,46 @@ def test_a_link_that_waits_for_the_file_system_knows_what_a_person_said(
     notes = doubles.Notes()
     assert doubles.search(run, settings(), backend=doubles.FakeBackend(run), notes=notes).state.complete
     assert waits == [session.ROOM_S] * 2 and len(notes.about("Stale file handle. To be tried again in 10 minutes")) == 2
+
+
+@pytest.mark.parametrize("word", ["next", chain.FIRST, chain.TAKE_OVER])
+@pytest.mark.parametrize("where", ["lease", "backend", "mark"])
+def test_a_link_whose_file_system_fails_once_it_has_the_lease_waits_for_no_coordinator_that_is_itself(
+    run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, word: str, where: str
+) -> None:
+    monkeypatch.setenv(chain.LINK, word)
+    monkeypatch.setattr(owner, "judge", JUDGE)
+    monkeypatch.setattr(owner, "is_own", IS_OWN)
+    waits: list[float] = []
+    monkeypatch.setattr(session, "time", SimpleNamespace(sleep=waits.append))
+    failed: list[str] = []
+
+    def once(real: Any) -> Any:
+        def do(*args: Any) -> Any:
+            if (run / files.epoch_folder(1)).exists() and not failed:
+                failed.append(where)
+                raise OSError(errno.EIO, "Input/output error")
+            return real(*args)
+
+        return do
+
+    backend = doubles.FakeBackend(run)
+    monkeypatch.setattr(session, "_backend", lambda *args: backend)
+    owner_of, name = {"lease": (files, "sync_folder"), "backend": (session, "_backend"), "mark": (files, "remove")}[
+        where
+    ]
+    monkeypatch.setattr(owner_of, name, once(getattr(owner_of, name)))
+    (run / files.SLURM).mkdir(parents=True)
+    session._prepare(configs.resolve(doubles.config(), doubles.images().shape), doubles.images(), run.with_name("made"))
+    run.with_name("made").joinpath(files.RUN).rename(run / files.RUN)
+    (run / "slurm" / "early-7").touch()
+    if where == "mark" or word == chain.TAKE_OVER:  # the one goes on, the other is known to have come to an end
+        assert session.search(doubles.config(), run, doubles.Notes()).state.complete
+    else:
+        with pytest.raises(Stopped, match="the file system failed when it had just begun"):
+            session.search(doubles.config(), run, doubles.Notes())
+    assert failed == [where] and waits == [session.ROOM_S] * (where != "mark")
+    assert not (run / "slurm" / "early-7").exists()
 
 
 def test_a_coordinator_that_leaves_in_words_has_begun(
@@ -807,6 +883,19 @@ def test_scripts_cannot_be_shown_where_slurm_is_not(run: Path, monkeypatch: pyte
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="sbatch, squeue, scancel, srun cannot be found here"):
         session.submission(settings(), run)
+
+
+def test_the_last_words_of_a_coordinator_that_was_taken_over_are_no_news(run: Path) -> None:
+    """It may have said them later than its successor, of a terminal, began."""
+    for epoch, job in ((1, "8"), (2, None)):
+        (run / files.epoch_folder(epoch)).mkdir(parents=True)
+        (run / files.owner(epoch)).write_text(json.dumps({"owner": {"slurm_job": job}}))
+    began_s = (run / files.owner(2)).stat().st_mtime
+    for job, news in (("8", False), ("9", True)):
+        log = run / f"coordinator-{job}.log"
+        log.touch()
+        os.utime(log, (began_s, began_s + 1))
+        assert status._is_news(run, log, [1, 2]) == news
 
 
 def test_the_status_shows_what_waits_in_the_queue_of_a_run_that_is_not_complete(run: Path, commands: Commands) -> None:

@@ -155,7 +155,7 @@ def test_workers_that_died_with_their_coordinator_are_one_event(run: Path) -> No
         ([(0, 100), (0, 140), (0, 180)], [False, True, False]),  # not one to the next: to the first
         ([(0, 100), (101, 102), (101, 103), (104, 105)], [False, False, True, False]),  # begun after the other fell
         ([(0, 3600), (0, 5 * 3600), (0, 9 * 3600)], [False, False, False]),  # begun together only
-        ([(0, 100), (0, 10)], [False, False]),  # found later, silent long before
+        ([(0, 100), (0, 10), (0, 100), (0, 11)], [False, False, True, True]),  # found later, silent long before
         ([None, None, None], [False, False, False]),
     ],
 )
@@ -195,6 +195,60 @@ def test_a_node_that_kills_what_begins_there_is_excluded_however_many_begin(
     assert set(made.history.excluded) == {"n0"} and made.history.state.num_failed == 0
     assert fallen <= budgets.STRIKES * workers
     made.close()
+
+
+def test_children_that_fell_together_are_not_to_blame_where_they_fall_next(run: Path) -> None:
+    """All of one node did, for once; the node where they begin then kills whatever begins there."""
+
+    class Hole(FakeCluster):
+        home = "n1"
+
+        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+            self.nodes = ["n1"] if self.home in avoid else [self.home]
+            super().launch(names, avoid)
+
+    backend = Hole(run)
+    made = doubles.start(run, settings("steady_state", 60), backend)
+    while made.history.state.num_committed < 20:
+        made._turn()
+    backend.words = lambda node, task: "long"
+    while not all(one._current for one in backend.workers.values()):
+        made._turn()
+    for name in list(backend.workers):
+        backend.die(name)
+    backend.home, backend.words = "n0", lambda node, task: "long" if node == "n0" else None
+    while not made.history.state.complete:
+        made._turn()
+        for name in [name for name, one in backend.workers.items() if one._current and backend.node_of[name] == "n0"][
+            :1
+        ]:
+            backend.die(name)
+    assert set(made.history.excluded) == {"n0"} and made.history.state.num_failed == 0
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("events", "own_fault", "excluded"),
+    [
+        (["a", "b", "c"], "", True),
+        (["a", "b"], "", False),
+        (["abc"], "", False),
+        (["abc", "abc", "abc"], "", True),
+        (["ab", "ab", "ab"], "", False),
+        (["abc", "d", "d"], "", False),  # one child that crashes again and again
+        (["ab", "ab", "c"], "", True),
+        (["a", "b", "c", "d"], "d", True),
+        (["a", "b", "c"], "c", False),
+        (["ac", "bc", "c"], "c", False),
+    ],
+)
+def test_a_node_is_excluded_for_three_that_come_to_grief_one_after_another(
+    events: list[str], own_fault: str, excluded: bool
+) -> None:
+    history = SimpleNamespace(
+        strikes={"n0": [set(event) for event in events]}, own_fault=set(own_fault), fruitful=set(), excluded={}
+    )
+    assert [node for node, _ in budgets.bad_nodes(history)] == ["n0"] * excluded  # type: ignore[arg-type]
 
 
 def test_a_node_on_which_one_worker_falls_after_another_is_excluded_soon(run: Path) -> None:
