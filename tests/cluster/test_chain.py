@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import front, lemonade, settings  # noqa: E402
+from runs import GATE, front, hook, lemonade, settings  # noqa: E402
 
 from slurm import Slurm, wait_for  # noqa: E402
 
@@ -41,7 +41,7 @@ def chain_is_over(slurm: Slurm) -> None:
             raise RuntimeError(f"left are {left}")
         return True
 
-    wait_for("the chain is over", over, 150)
+    wait_for("the chain is over", over, 300)
 
 
 def complete(slurm: Slurm, home: Path, expected: list[Any]) -> None:
@@ -50,7 +50,7 @@ def complete(slurm: Slurm, home: Path, expected: list[Any]) -> None:
     logs = "".join(path.read_text() for path in sorted((home / "run/slurm").glob("*.log")))
     assert json.loads(lemonade(slurm, home, "status", "run", "--json")[1])["state"] == "complete", logs
     assert front(slurm, home, "run") == expected
-    wait_for("no job is left", slurm.idle, 30)
+    wait_for("no job is left", slurm.idle)
 
 
 def test_what_would_be_submitted_is_shown_and_nothing_written(slurm: Slurm, home: Path) -> None:
@@ -61,12 +61,14 @@ def test_what_would_be_submitted_is_shown_and_nothing_written(slurm: Slurm, home
 
 def test_a_submitted_run_completes_and_cancels_the_successor(slurm: Slurm, home: Path, expected: list[Any]) -> None:
     """Its workers ask for memory in another way than it does: srun would refuse to inherit that."""
-    settings(home, skip=["mem"], extra={"mem-per-cpu": "500M"}, coordinator_extra={"mem": "600M"})
+    memory = {"skip": ["mem"], "extra": {"mem-per-cpu": "500M"}, "coordinator_extra": {"mem": "600M"}}
+    settings(home, setup=[hook(home, GATE)], **memory)
     job = submit(slurm, home)
     at_work(home, 1)
     assert [one["id"] for one in coordinators(slurm, "RUNNING")] == [job]
     assert len(coordinators(slurm, "PENDING")) == 1
     code, _, err = lemonade(slurm, home, "submit", "slurm.yaml", "--run", "run")
+    (home / "go").touch()
     assert code == 2 and ("in the queue already" in err or "which is running" in err)
     complete(slurm, home, expected)
     assert "Pareto front" in (home / f"run/slurm/coordinator-{job}.log").read_text()
@@ -76,12 +78,14 @@ def test_a_coordinator_that_is_killed_or_cancelled_is_followed_by_the_next(
     slurm: Slurm, home: Path, expected: list[Any]
 ) -> None:
     """kill -9 of its process, then scancel of its job: neither ends the run."""
+    settings(home, setup=[hook(home, GATE)])
     submit(slurm, home)
     at_work(home, 6)
     os.kill(json.loads((home / "run/epochs/000001/owner.json").read_text())["owner"]["pid"], signal.SIGKILL)
     wait_for("the next is at work", lambda: (home / "run/epochs/000002").exists(), 60)
     (second,) = coordinators(slurm, "RUNNING")
     slurm.run("scancel", second["id"])
+    (home / "go").touch()
     complete(slurm, home, expected)
     assert (home / "run/epochs/000003").exists()
     assert "stopped by SIG" in (home / f"run/slurm/coordinator-{second['id']}.log").read_text()
@@ -90,12 +94,14 @@ def test_a_coordinator_that_is_killed_or_cancelled_is_followed_by_the_next(
 def test_a_run_that_is_told_to_stop_ends_what_it_trains_and_its_chain(
     slurm: Slurm, home: Path, expected: list[Any]
 ) -> None:
+    settings(home, setup=[hook(home, GATE)])
     submit(slurm, home)
     at_work(home, 6)
     code, out, err = lemonade(slurm, home, "stop", "run")
+    (home / "go").touch()
     assert (code, err) == (0, "") and "is cancelled; told process " in out, out
     chain_is_over(slurm)
-    wait_for("no job is left", slurm.idle, 30)
+    wait_for("no job is left", slurm.idle)
     told = json.loads(lemonade(slurm, home, "status", "run", "--json")[1])
     assert told["state"] == "stopped" and told["children"]["committed"] < 28 and told["attempts_lost"]["worker"] == 0
     submit(slurm, home)
@@ -107,4 +113,4 @@ def test_a_submitted_run_is_cancelled_as_a_whole(slurm: Slurm, home: Path) -> No
     at_work(home, 2)
     code, out, err = lemonade(slurm, home, "cancel", "run")
     assert (code, err) == (0, "") and "coordinator" in out
-    wait_for("no job is left", slurm.idle, 60)
+    wait_for("no job is left", slurm.idle)

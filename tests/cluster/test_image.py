@@ -117,7 +117,7 @@ def expected(site: Site) -> list[Any]:
 
 def complete(site: Site, home: Path, expected: list[Any], run: str = "my") -> dict[str, Any]:
     """The run ends by itself with that front; its status."""
-    wait_for("the jobs have ended", site.slurm.idle, 240)
+    wait_for("the jobs have ended", site.slurm.idle, 300)
     logs = "".join(path.read_text() for path in sorted((home / run / "slurm").glob("*.log")))
     shown: dict[str, Any] = json.loads(site.lemonade(home, "status", run, "--json")[1])
     assert shown["state"] == "complete" and shown["children"]["failed"] == 0, logs
@@ -128,6 +128,16 @@ def complete(site: Site, home: Path, expected: list[Any], run: str = "my") -> di
 def owner(home: Path, epoch: int) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((home / f"my/epochs/{epoch:06d}/owner.json").read_text())
     return content
+
+
+def at_work(home: Path) -> None:
+    """Wait until four workers have a child: long before they can have trained it."""
+
+    def started() -> bool:
+        logs = (path.read_text() for path in home.glob("my/workers/*/done.log"))
+        return sum('"say":"started"' in log for log in logs) == 4
+
+    wait_for("four workers have a child", started, 300)
 
 
 def trained(home: Path) -> int:
@@ -166,12 +176,13 @@ def test_doctor_then_sbatch_and_the_front_is_there(site: Site, home: Path, expec
     code, out, err = site.run(home, "sbatch", "--parsable", "coordinator.sbatch", "my.yaml")
     assert code == 0, err
     log = home / f"lemonade-submit-{out.strip()}.log"
-    wait_for("children are trained", lambda: trained(home) > 2, 60)
+    wait_for("children are trained", lambda: trained(home) > 2, 300)
     assert "submitted job " in log.read_text()
     coordinator, workers = owner(home, 1)["owner"]["pid"], inside(site, "submitit.core._submit")
-    assert around(coordinator) == around(workers[0]) == str(site.image) and len(workers) == 4
+    assert around(coordinator) == around(workers[0]) == str(site.image)
     shown = complete(site, home, expected)
-    assert shown["workers_left"] == {"stopped by the coordinator": 4}
+    left = shown["workers_left"]  # one that does not leave in three seconds is ended
+    assert left.keys() <= {"stopped by the coordinator", "killed"} and sum(left.values()) == 4
     assert owner(home, 1)["image"] == json.loads((home / "my/run.json").read_text())["image"] == site.digest
     calls = [json.loads(line) for path in home.glob("my/slurm/helper-*.log") for line in path.read_text().splitlines()]
     assert {call["command"][0] for call in calls} >= {"sbatch", "squeue"} and not any("refused" in c for c in calls)
@@ -182,9 +193,9 @@ def test_a_coordinator_outside_has_its_workers_inside(site: Site, home: Path, ex
     (home / "my.yaml").write_text(yaml.safe_dump(content))
     command = (sys.executable, "-m", "lemonade_hpc.cli", "search", "my.yaml", "--run", "my")
     search = site.start(home, *command, PYTHONPATH=str(PACKAGE))
-    wait_for("children are trained", lambda: trained(home) > 2, 60)
-    assert len(inside(site, "submitit.core._submit")) == 4 and not around(owner(home, 1)["owner"]["pid"])
-    _, err = search.communicate(timeout=150)
+    wait_for("children are trained", lambda: trained(home) > 2, 300)
+    assert inside(site, "submitit.core._submit") and not around(owner(home, 1)["owner"]["pid"])
+    _, err = search.communicate(timeout=300)
     assert search.returncode == 0, err
     complete(site, home, expected)
 
@@ -210,7 +221,7 @@ def submit(site: Site, home: Path, **environ: str) -> None:
 
 def test_a_coordinator_that_is_killed_is_followed_by_the_next(site: Site, home: Path, expected: list[Any]) -> None:
     submit(site, home)
-    wait_for("children are trained", lambda: trained(home) > 4, 60)
+    wait_for("children are trained", lambda: trained(home) > 4, 300)
     os.kill(owner(home, 1)["owner"]["pid"], signal.SIGKILL)
     complete(site, home, expected)
     assert (home / "my/epochs/000002").exists()
@@ -219,7 +230,7 @@ def test_a_coordinator_that_is_killed_is_followed_by_the_next(site: Site, home: 
 def test_a_helper_that_is_killed_ends_no_run(site: Site, home: Path, expected: list[Any]) -> None:
     """Its job is over with it. What ran inside may go on, without Slurm's commands; else the next one takes over."""
     submit(site, home)
-    wait_for("children are trained", lambda: trained(home) > 4, 60)
+    wait_for("children are trained", lambda: trained(home) > 4, 300)
     command = ["pgrep", "-u", site.user.pw_name, "-f", "slurm/helper.py"]
     pids = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     for pid in pids:
@@ -238,7 +249,7 @@ def test_workers_are_signalled_twice_and_their_children_go_on_elsewhere(
     content = yaml.safe_load(config("slurm", checkpoint_epochs=1))
     (home / "my.yaml").write_text(yaml.safe_dump(content))
     submit(site, home)
-    wait_for("children are trained", lambda: trained(home) > 4, 60)
+    wait_for("children are trained", lambda: trained(home) > 4, 300)
     array = next(job["id"] for job in site.jobs("RUNNING") if not job["name"].endswith("-coordinator"))
     site.slurm.run("scancel", "--signal=USR2", array)
     shown = complete(site, home, expected)
@@ -249,15 +260,15 @@ def test_workers_are_signalled_twice_and_their_children_go_on_elsewhere(
 
 def test_a_run_is_stopped_and_cancelled_from_outside(site: Site, home: Path, expected: list[Any]) -> None:
     submit(site, home)
-    wait_for("children are trained", lambda: trained(home) > 4, 60)
+    at_work(home)
     code, out, err = site.lemonade(home, "stop", "my")
     assert code == 0 and "told process " in out, out + err
-    wait_for("the jobs have ended", site.slurm.idle, 60)
+    wait_for("the jobs have ended", site.slurm.idle, 300)
     submit(site, home)
-    wait_for("the next is at work", lambda: (home / "my/epochs/000002").exists(), 60)
+    wait_for("the next is at work", lambda: (home / "my/epochs/000002").exists(), 300)
     code, out, err = site.lemonade(home, "cancel", "my")
     assert code == 0 and "coordinator" in out, out + err
-    wait_for("the jobs have ended", site.slurm.idle, 60)
+    wait_for("the jobs have ended", site.slurm.idle, 300)
     submit(site, home)
     complete(site, home, expected)
 
@@ -275,7 +286,7 @@ def test_another_image_is_refused_unless_that_is_allowed(site: Site, home: Path,
     content = yaml.safe_load(config("slurm", {"children": 32})) | {"container": {"may_change": True}}
     (home / "my.yaml").write_text(yaml.safe_dump(content))
     submit(site, home, LEMONADE_IMAGE=str(other))
-    wait_for("the jobs have ended", site.slurm.idle, 240)
+    wait_for("the jobs have ended", site.slurm.idle, 300)
     assert len(site.front(home, "my")) > 4
     assert owner(home, 2)["image"] != owner(home, 1)["image"] == site.digest
 
@@ -344,7 +355,7 @@ with socket.socket(socket.AF_UNIX) as asked:
 
 def test_another_user_can_not_ask_the_helper(site: Site, home: Path) -> None:
     submit(site, home)
-    wait_for("the coordinator is at work", lambda: (home / "my/epochs/000001").exists(), 60)
+    wait_for("the coordinator is at work", lambda: (home / "my/epochs/000001").exists(), 300)
     sockets = [path for path in Path("/tmp").glob("lemonade-*/socket") if path.stat().st_uid == site.user.pw_uid]
     path = max(sockets, key=lambda path: path.stat().st_mtime_ns)  # helpers that were killed have left theirs
 
@@ -360,8 +371,9 @@ def test_another_user_can_not_ask_the_helper(site: Site, home: Path) -> None:
     path.chmod(0o666)
     done = ask("nobody")
     assert '"code": 0' not in done.stdout
-    lines = [line for log in home.glob("my/slurm/helper-*.log") for line in log.read_text().splitlines()]
-    assert any("is not the one whose helper this is" in line for line in lines)
+    logs = list(home.glob("my/slurm/helper-*.log"))
+    refused = "is not the one whose helper this is"
+    wait_for("it is written down", lambda: any(refused in log.read_text() for log in logs))
     site.lemonade(home, "cancel", "my")
 
 

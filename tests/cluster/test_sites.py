@@ -18,6 +18,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 
 from runs import (  # noqa: E402
+    GATE,
     LEMONADE,
     begun,
     ended,
@@ -48,15 +49,9 @@ SelectTypeParameters=CR_Core_Memory
 """
 SITE = {"max_array": MAX_ARRAY, "more": MORE}
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
-SLOW = """
-if trainer:
-    from lemonade_hpc.learn import checkpoints
-    due = checkpoints.Keeper._due
-    checkpoints.Keeper._due = lambda keeper, moment: time.sleep({}) or due(keeper, moment)
-"""
 
 
-def hidden(slurm: Slurm, home: Path, command: str, timeout_s: float = 150) -> tuple[int, str]:
+def hidden(slurm: Slurm, home: Path, command: str, timeout_s: float = 300) -> tuple[int, str]:
     """A command with `hidden` in the home being a folder that no node sees; its exit code, and what it said."""
     user = slurm.user
     line = (
@@ -74,13 +69,18 @@ def hidden(slurm: Slurm, home: Path, command: str, timeout_s: float = 150) -> tu
 
 
 def test_nodes_that_fail_everything_are_excluded(slurm: Slurm, home: Path, expected: list[Any]) -> None:
-    """On one no worker begins, on another none can train; the others are slow, so that there is time to see it."""
+    """On one no worker begins, on another none can train; the others wait, so that there is time to see it."""
     code = """
 if trainer and node == "n3":
     sys.exit("libfoo.so: not found")
 """
     hole = 'if [ "$SLURMD_NODENAME" = n2 ]; then echo no scratch here >&2; exit 1; fi'
-    settings(home, setup=[hook(home, code + SLOW.format(0.05)), hole])
+    settings(home, setup=[hook(home, code + GATE), hole])
+    search = logged(slurm, home)
+    for name in ("n2", "n3"):
+        told(home, f"node {name} gets no worker any more")
+    (home / "go").touch()
+    ended(search)
     finished(slurm, home, expected)
     assert sound(slurm, home)["nodes_excluded"].keys() == {"n2", "n3"}
     code, out, _ = lemonade(slurm, home, "status", "run")

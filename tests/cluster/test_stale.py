@@ -161,18 +161,24 @@ def test_a_view_is_late_for_others_and_at_once_for_itself(shared: Cluster) -> No
     def shell(name: str, command: str) -> list[str]:
         return shared.start(name, "bash", "-c", command).communicate()[0].split()
 
-    def seen(name: str) -> tuple[int, int, int]:
+    def seen(name: str, view: str) -> tuple[int, int, int]:
         """How many are there by name, in the listing, and with all their content."""
-        names, listed = shell(name, "ls view/{a..z} 2>/dev/null"), shell(name, "ls view")
-        return len(names), len(listed), shell(name, "cat view/log").count("more")
+        names, listed = shell(name, f"ls {view}/{{a..z}} 2>/dev/null"), shell(name, f"ls {view}")
+        return len(names), len(listed), shell(name, f"cat {view}/log").count("more")
 
-    shell("n1", "mkdir view && echo some > view/log")
-    assert seen("n2") == (0, 1, 0)
-    shell("n1", "touch view/{a..z}; for k in {1..26}; do echo more >> view/log; done")
-    assert seen("n1") == (26, 27, 26)
-    assert seen("n2") != (26, 27, 26)
-    assert shell("n2", "mkdir view/a 2>&1 || ls view/a")[-1] == "view/a"
-    wait_for("it is seen", lambda: seen("n2") == (26, 27, 26), 3 * STALE_S + 10)
+    late = 0
+    for k in range(5):  # what is seen late may be seen in time where this machine is slow
+        view = f"view{k}"
+        shell("n1", f"mkdir {view} && echo some > {view}/log")
+        assert seen("n2", view) == (0, 1, 0)
+        shell("n1", f"touch {view}/{{a..z}}; for k in {{1..26}}; do echo more >> {view}/log; done")
+        assert seen("n1", view) == (26, 27, 26)
+        late += seen("n2", view) != (26, 27, 26)
+        assert shell("n2", f"mkdir {view}/a 2>&1 || ls {view}/a")[-1] == f"{view}/a"
+        wait_for("it is seen", lambda view=view: seen("n2", view) == (26, 27, 26), 3 * STALE_S + 60)
+        if late:
+            break
+    assert late
 
 
 def test_the_front_is_that_of_the_local_backend_and_nobody_takes_a_living_run_over(shared: Cluster, run: Path) -> None:

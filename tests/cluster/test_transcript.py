@@ -24,7 +24,6 @@ from slurm import USER, Slurm, cluster, wait_for  # noqa: E402
 
 MORE = f"""
 FirstJobId={slurm_story.FIRST_JOB}
-MessageTimeout=2
 TrackWCKey=yes
 AccountingStorageEnforce=associations,limits,qos,wckeys
 """
@@ -58,9 +57,11 @@ class RealStage:
             self.slurm.run("scontrol", "update", f"NodeName={who}", "State=DOWN", "Reason=lost", root=True)
         elif change == "ends":
             self.slurm.stop(who)
+            self._wait_for_answers(2 if who == "slurmctld" else None)
         elif who == "slurmdbd":
             self.slurm.start_accounting()
         elif who == "slurmctld":
+            self._wait_for_answers(None)
             self.slurm.start_controller()
         else:
             for name, (kind, of, key) in LIMITS.items():
@@ -70,6 +71,12 @@ class RealStage:
                 return
             script = f"#!/bin/sh\n#SBATCH --array=0-{change} --mem=1M\ntrue\n"
             wait_for("the limit holds", lambda: who in self.run(("sbatch", "--test-only"), script).err)
+
+    def _wait_for_answers(self, seconds: int | None) -> None:
+        """Have commands wait for so long where nobody answers, by default as long as Slurm does."""
+        path = self.slurm.folder / "slurm.conf"
+        lines = [line for line in path.read_text().splitlines(True) if not line.startswith("MessageTimeout=")]
+        path.write_text("".join([*lines, f"MessageTimeout={seconds}\n" * (seconds is not None)]))
 
 
 def recorded() -> list[dict[str, Any]]:

@@ -130,7 +130,7 @@ def test_ctrl_c_and_on(undisturbed: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = harness.finish(process)
     assert code == 3, err
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 10.0
     assert "To go on: lemonade-hpc search" in err
     harness.assert_gone(run, 1.0)
     harness.assert_sound(run)
@@ -148,7 +148,7 @@ def test_ctrl_c_while_workers_are_still_starting(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = harness.finish(process)
     assert code == 3, err
-    assert time.monotonic() - began < 6.0
+    assert time.monotonic() - began < 12.0
     harness.assert_gone(run, 1.0)
     assert not list(run.rglob("*.pkl"))
 

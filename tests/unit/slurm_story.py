@@ -210,6 +210,7 @@ def _an_array(story: Story) -> None:
     story.jobs("x0", 6, ("squeue",))
     story.ask("cancel the array", lambda: queue.ask("scancel", array))
     story.accounting("x0", lambda said: "RUNNING" not in said and said.count("CANCELLED") == 2)
+    story.until_seen(r"_0 \S+-x0 CANCELLED")
     for mute in ((), ("squeue",), ("squeue", "scontrol")):
         story.jobs("x0", 6, mute)
     story.launch([f"v{k}" for k in range(3)])
@@ -217,6 +218,7 @@ def _an_array(story: Story) -> None:
     name = f"{queue.prefix(story.id)}v0"
     story.ask("cancel by name", lambda: queue.ask("scancel", "--me", f"--name={name}"))
     story.accounting("v0", lambda said: "RUNNING" not in said and said.count("CANCELLED") == 2)
+    story.until_seen(r"_0 \S+-v0 CANCELLED")
     for mute in ((), ("squeue",), ("squeue", "scontrol")):
         story.jobs("v0", 3, mute)
 

@@ -386,7 +386,7 @@ class Trainer:
         assert self.process.stdin is not None
         started = time.perf_counter()
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=300)
         return time.perf_counter() - started
 
     def __enter__(self) -> Trainer:
@@ -439,7 +439,9 @@ def test_a_trainer_that_cannot_start_says_why_and_ends_with_1(tmp_path: Path) ->
     run, owner = make_run(tmp_path)
     files.write_json(run / files.RUN, {"data": {"checksum": "0"}})
     with Trainer(run, owner) as trainer:
-        assert trainer.process.wait(timeout=60) == 1  # its input is still open: waiting for it must not end in an abort
+        assert (
+            trainer.process.wait(timeout=300) == 1
+        )  # its input is still open: waiting for it must not end in an abort
         assert trainer.process.stderr is not None
         assert trainer.process.stderr.read().startswith("error: digits: not the data that this run was started with")
 
@@ -451,7 +453,7 @@ def test_output_of_libraries_does_not_reach_the_protocol(folder: tuple[Path, Pat
         "data.load = noisy; child.main(*sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *map(str, folder)]
-    done = subprocess.run(command, input="", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, input="", capture_output=True, text=True, timeout=300)
     assert "a library talks" not in done.stdout
 
 
@@ -464,5 +466,5 @@ def test_starting_the_trainer_imports_no_compiler(folder: tuple[Path, Path]) -> 
         "print([name for name in ('torch._dynamo', 'torch._inductor', 'torchvision') if name in sys.modules])"
     )
     command = [sys.executable, "-c", code, *map(str, folder), json.dumps(task_of(GRAPH, 40, 1))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

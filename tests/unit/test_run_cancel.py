@@ -49,7 +49,7 @@ def held_by(run: Path, who: dict[str, Any], backend: str = "local") -> None:
 def test_a_coordinator_is_told_to_leave_and_ended_if_it_does_not(
     run: Path, monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
-    monkeypatch.setattr(cancel, "LEAVE_S", 0.5)
+    monkeypatch.setattr(cancel, "LEAVE_S", 0.5 if program is IGNORES_SIGTERM else 20.0)
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     held_by(run, owner.identity(process.pid))

@@ -169,8 +169,8 @@ def test_a_run_that_somebody_works_on_is_not_submitted(
 
 def test_an_sbatch_that_does_not_answer_is_told(run: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     session._prepare(settings(), doubles.images(), run)
-    (commands.folder / "sbatch").write_text("#!/bin/bash\nexec sleep 9\n")
-    monkeypatch.setattr(queue, "QUERY_TIMEOUT_S", 0.3)
+    (commands.folder / "sbatch").write_text("#!/bin/bash\nexec sleep 60\n")
+    monkeypatch.setattr(queue, "QUERY_TIMEOUT_S", 3.0)  # squeue answers in that
     with pytest.raises(ConfigError, match="sbatch does not answer; whether it has submitted lemonade-"):
         chain.begin(settings(), run)
 

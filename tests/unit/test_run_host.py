@@ -278,7 +278,7 @@ def test_who_does_not_end_a_request_holds_up_nobody_else(outside: Outside, monke
 
 
 def test_who_does_not_read_the_answer_holds_up_nobody_else(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(helper, "READ_S", 0.5)
+    monkeypatch.setattr(helper, "READ_S", 3.0)
     outside.says("squeue", "#!/bin/bash\nhead -c 3000000 /dev/zero | tr '\\0' x\n")
     request = json.dumps({"command": list(queue.LIST), "cwd": "/", "input": ""}).encode() + b"\n"
     deaf = [socket.socket(socket.AF_UNIX) for _ in range(helper.CONNECTIONS)]
