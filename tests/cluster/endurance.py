@@ -43,7 +43,7 @@ DOWN_S = 400.0
 BUSY, OVER_BARRIER = 0.9, 1.15
 """What C19 must reach: share of time that workers train, and how much more than with a barrier between generations."""
 BUSY_SMALL = 0.85
-"""In two minutes, of which the end, with fewer children left than workers, is 4 %, and with other work beside."""
+"""In two minutes the end, with fewer children left than workers, counts for more: 0.937 to 0.950 beside other work."""
 STATUS_S, SBATCH_S = 60.0, 10.0
 ONE_CALL_S = 5.0
 """squeue, scontrol and sacct within so long are one status call: the next is only asked where one does not answer."""

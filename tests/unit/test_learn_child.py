@@ -439,9 +439,8 @@ def test_a_trainer_that_cannot_start_says_why_and_ends_with_1(tmp_path: Path) ->
     run, owner = make_run(tmp_path)
     files.write_json(run / files.RUN, {"data": {"checksum": "0"}})
     with Trainer(run, owner) as trainer:
-        assert (
-            trainer.process.wait(timeout=300) == 1
-        )  # its input is still open: waiting for it must not end in an abort
+        # its input is still open: waiting for it must not end in an abort
+        assert trainer.process.wait(timeout=300) == 1
         assert trainer.process.stderr is not None
         assert trainer.process.stderr.read().startswith("error: digits: not the data that this run was started with")
 

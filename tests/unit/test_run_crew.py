@@ -90,6 +90,29 @@ def told(run: Path, kind: str) -> list[dict[str, Any]]:
     return doubles.events(run, settings(), kind)
 
 
+def all_in_the_middle(made: coordinator.Coordinator, backend: FakeCluster, words: str) -> None:
+    """Children are trained, then every worker has one that does not end: `words` happens to it."""
+    while made.history.state.num_committed < 20:
+        made._turn()
+    backend.words = lambda node, task: words
+    while not all(one._current for one in backend.workers.values()):
+        made._turn()
+
+
+class Hole(FakeCluster):
+    """One node has all the free places, as long as it is not avoided; then another one."""
+
+    free = "n0"
+
+    def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
+        self.nodes = ["n1"] if self.free in avoid else [self.free]
+        super().launch(names, avoid)
+
+    def at_work_on(self, node: str) -> list[str]:
+        """Workers there that have a child in training."""
+        return [name for name, one in self.workers.items() if one._current and self.node_of[name] == node]
+
+
 # ---------------------------------------------------------------- nodes
 
 
@@ -114,11 +137,7 @@ def test_workers_that_fall_at_the_same_time_are_one_event(run: Path, fall: list[
     backend = FakeCluster(run, num_nodes=2)
     many = settings("steady_state", 60, workers=6)
     made = doubles.start(run, many, backend)
-    while made.history.state.num_committed < 20:
-        made._turn()
-    backend.words = lambda node, task: "hang"
-    while not all(one._current for one in backend.workers.values()):
-        made._turn()
+    all_in_the_middle(made, backend, "hang")
     for name in [name for name in backend.workers if backend.node_of[name] in fall]:
         backend.die(name)
         made._turn()
@@ -134,11 +153,7 @@ def test_workers_that_died_with_their_coordinator_are_one_event(run: Path) -> No
     backend = FakeCluster(run, num_nodes=2)
     many = settings("steady_state", 60, workers=6)
     first = doubles.start(run, many, backend)
-    while first.history.state.num_committed < 20:
-        first._turn()
-    backend.words = lambda node, task: "hang"
-    while not all(one._current for one in backend.workers.values()):
-        first._turn()
+    all_in_the_middle(first, backend, "hang")
     for name in [name for name in backend.workers if backend.node_of[name] == "n0"]:
         backend.die(name)
     second = doubles.start(run, many, backend)
@@ -177,18 +192,12 @@ def test_a_node_that_kills_what_begins_there_is_excluded_however_many_begin(
     run: Path, workers: int, at_once: bool
 ) -> None:
     """It is the one with free places, as its workers die: then all of them begin there, with the same children."""
-
-    class Hole(FakeCluster):
-        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
-            self.nodes = ["n1"] if "n0" in avoid else ["n0"]
-            super().launch(names, avoid)
-
     backend = Hole(run, lambda node, task: "long" if node == "n0" else None)
     made = doubles.start(run, settings("steady_state", 40, workers=workers), backend)
     fallen = 0
     while not made.history.state.complete:
         made._turn()
-        lost = [name for name, one in backend.workers.items() if one._current and backend.node_of[name] == "n0"]
+        lost = backend.at_work_on("n0")
         for name in lost if at_once else lost[:1]:
             backend.die(name)
             fallen += 1
@@ -199,29 +208,16 @@ def test_a_node_that_kills_what_begins_there_is_excluded_however_many_begin(
 
 def test_children_that_fell_together_are_not_to_blame_where_they_fall_next(run: Path) -> None:
     """All of one node did, for once; the node where they begin then kills whatever begins there."""
-
-    class Hole(FakeCluster):
-        home = "n1"
-
-        def launch(self, names: Sequence[str], avoid: Collection[str]) -> None:
-            self.nodes = ["n1"] if self.home in avoid else [self.home]
-            super().launch(names, avoid)
-
     backend = Hole(run)
+    backend.free = "n1"
     made = doubles.start(run, settings("steady_state", 60), backend)
-    while made.history.state.num_committed < 20:
-        made._turn()
-    backend.words = lambda node, task: "long"
-    while not all(one._current for one in backend.workers.values()):
-        made._turn()
+    all_in_the_middle(made, backend, "long")
     for name in list(backend.workers):
         backend.die(name)
-    backend.home, backend.words = "n0", lambda node, task: "long" if node == "n0" else None
+    backend.free, backend.words = "n0", lambda node, task: "long" if node == "n0" else None
     while not made.history.state.complete:
         made._turn()
-        for name in [name for name, one in backend.workers.items() if one._current and backend.node_of[name] == "n0"][
-            :1
-        ]:
+        for name in backend.at_work_on("n0")[:1]:
             backend.die(name)
     assert set(made.history.excluded) == {"n0"} and made.history.state.num_failed == 0
     made.close()
@@ -277,11 +273,7 @@ def test_workers_that_leave_a_coordinator_of_another_version_are_at_no_fault(
     backend = FakeCluster(run, num_nodes=2)
     many = settings("steady_state", 60, workers=6)
     first = doubles.start(run, many, backend)
-    while first.history.state.num_committed < 20:
-        first._turn()
-    backend.words = lambda node, task: "hang"
-    while not all(one._current for one in backend.workers.values()):
-        first._turn()
+    all_in_the_middle(first, backend, "hang")
     first.stop_signal = 15
     with pytest.raises(Stopped):
         first._leave(15)

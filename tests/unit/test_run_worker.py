@@ -946,6 +946,23 @@ def test_what_a_worker_waits_for_a_file_system_is_no_time_of_its_childs(
     assert desk.wait(30) and desk.heard("outcome")[0]["outcome"]["failure"]["kind"] == "timeout"
 
 
+def test_what_a_report_waits_for_is_not_taken_for_its_childs_length(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the longest so far it is judged whether another child is begun near the end of the worker's time."""
+    append, back_at = LogWriter.append, desk.clock.now + 40
+
+    def away(log: LogWriter, messages: Any, **options: Any) -> None:
+        if messages[0].get("say") == "outcome" and desk.clock.now < back_at:
+            raise OSError(errno.EIO, "Input/output error")
+        append(log, messages, **options)
+
+    monkeypatch.setattr(LogWriter, "append", away)
+    desk.send(task(0))
+    assert desk.steps() and desk.heard("outcome") and desk.clock.now >= back_at
+    assert desk.worker._longest_s < 10
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone"), "signalled"])
 def test_what_will_not_pass_is_not_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     """Another error, or a worker that must leave before long."""
