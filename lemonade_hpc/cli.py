@@ -62,7 +62,7 @@ def init(
 @app.command()
 def search(
     source: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped name: digits")],
-    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="run folder; default: CONFIG's name")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="run folder; default: CONFIG's name")] = None,
     take_over: Annotated[bool, typer.Option("--take-over", help="the last coordinator is known to be gone")] = False,
 ) -> None:
     """Start, continue or recover a search: the same command every time."""
@@ -77,7 +77,7 @@ def search(
         from lemonade_hpc.view import tables
         from lemonade_hpc.view.progress import ProgressView
 
-        folder = run if run is not None else Path(Path(source).stem)
+        folder = _folder(source, run)
         try:
             with ProgressView(tables.console(stderr=True)) as view:
                 settings = settings or session.patiently(lambda: config.load(source), folder, view.note)
@@ -92,10 +92,22 @@ def search(
     _show_result(folder)
 
 
-def _how_to_go_on(source: str, run: Path | None, halted: bool) -> str:
+def _folder(source: str, run: str | None) -> Path:
+    """The run folder: as given, `~` expanded as shells do not in --run=~/x; else CONFIG's name. Raises ConfigError."""
+    if run is None:
+        return Path(Path(source).stem)
+    if not run.strip():
+        raise config.ConfigError("--run: got nothing; give the name of a folder, or leave --run out")
+    try:
+        return Path(run).expanduser()
+    except RuntimeError as error:
+        raise config.ConfigError(f"--run: got {run!r}: {error}") from error
+
+
+def _how_to_go_on(source: str, run: str | None, halted: bool) -> str:
     from lemonade_hpc.run import chain
 
-    folder = ["--run", str(run)] if run is not None else []
+    folder = ["--run", run] if run is not None else []
     if not chain.is_link():
         return f"Nothing is lost. To go on: {explain.command('search', source, *folder)}"
     if halted:
@@ -107,12 +119,12 @@ def _how_to_go_on(source: str, run: Path | None, halted: bool) -> str:
 @app.command()
 def submit(
     source: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file with cluster.backend: slurm")],
-    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="run folder; default: CONFIG's name")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="run folder; default: CONFIG's name")] = None,
     only_print: Annotated[bool, typer.Option("--print", help="show the batch scripts only")] = False,
     take_over: Annotated[bool, typer.Option("--take-over", help="the last coordinator is known to be gone")] = False,
 ) -> None:
     """Submit the search as a job of its own, which is followed by others until it is complete."""
-    settings, folder = config.load(source), run if run is not None else Path(Path(source).stem)
+    settings, folder = config.load(source), _folder(source, run)
 
     from lemonade_hpc.run import disk, session
     from lemonade_hpc.run.host import helper
@@ -174,11 +186,11 @@ def _draw(run: Path, content: dict[str, Any], fixed: Problem, loaded: Loaded, pa
 @app.command()
 def doctor(
     source: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped name: digits")],
-    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="run folder; default: CONFIG's name")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="run folder; default: CONFIG's name")] = None,
     as_json: Json = False,
 ) -> None:
     """Check whether this site can run the search, and say what to change."""
-    settings, folder = config.load(source), run if run is not None else Path(Path(source).stem)
+    settings, folder = config.load(source), _folder(source, run)
 
     from lemonade_hpc.run import checks
     from lemonade_hpc.run.doctor import doctor as made
@@ -296,7 +308,15 @@ def test(
     while True:
         members = status.front(loaded.history)
         stored = [part for m in members for part in (m["weights"]["path"], m["weights"]["sha256"])]
-        command = [sys.executable, "-m", "lemonade_hpc.learn.members", str(run), source.model_dump_json(), *stored]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "lemonade_hpc.learn.members",
+            str(run),
+            source.model_dump_json(),
+            *stored,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         before, (content, fixed, loaded) = (loaded.epoch, loaded.link), status.read(run)
         if done.returncode == 0:

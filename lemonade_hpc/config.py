@@ -60,6 +60,9 @@ class Data(_Section):
 
     name: str = Field(description=f"one of {', '.join(DATA_SETS)}")
     root: str | None = Field(None, description="folder (cifar10, cifar100) or file (npz)")
+    axes: Literal["NHWC", "NCHW"] | None = Field(
+        None, description="order of the axes of your own 4-d arrays, where it cannot be told from their shape"
+    )
     validation: Positive | None = Field(
         None, description="images for validation: 350 (digits), 1000 (mnist5k), 5000 (cifar), else a fifth"
     )

@@ -14,13 +14,15 @@ import codecs
 import difflib
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
-import os.path
+import os
 import pickle
 import sys
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +35,8 @@ Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 SPLIT_STREAM = 2019  # purpose of the split's random stream: another number is another split
-MAX_CHANNELS = 16  # more is taken for an image that is not channels-last
+MAX_CHANNELS = 16  # more is taken for a side of an image
+FEW_VALIDATION = 50  # with fewer validation images, one of them is more than 2 % of error
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,8 @@ class DataSet:
     test: Part
     num_classes: int
     checksum: str
+    warnings: tuple[str, ...] = ()
+    """What a person should know before she trusts errors on it."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -93,6 +98,8 @@ def load(data: Data) -> DataSet:
     if data.root is not None and name not in _WITH_ROOT:
         allowed = ", ".join(_WITH_ROOT)
         raise ConfigError(f"data.root: got '{data.root}', but '{name}' takes none, only {allowed} do; remove the key")
+    if data.axes is not None and name in _READERS and name != "npz":
+        raise ConfigError(f"data.axes: got {data.axes}, but '{name}' knows its own; remove the key")
     raw = _READERS.get(name, _from_function)(data)
     total = len(raw.labels)
     num_test = data.test or raw.test or max(1, total // 5)
@@ -105,7 +112,36 @@ def load(data: Data) -> DataSet:
     train, validation, test = (_part(raw.images[index], raw.labels[index]) for index in split)
     if raw.given_test is not None:
         test = _part(*raw.given_test)
-    return DataSet(name, train, validation, test, raw.num_classes, _checksum(train, validation, test))
+    found = DataSet(name, train, validation, test, raw.num_classes, _checksum(train, validation, test))
+    return replace(found, warnings=tuple(_warnings(found)))
+
+
+def _warnings(data: DataSet) -> Iterator[str]:
+    """Say what makes errors on these images mean less than they seem to; raises ConfigError where they mean nothing."""
+    low, high = int(data.train.images.min()), int(data.train.images.max())
+    if low == high:
+        raise ConfigError(
+            f"{data.name}: every pixel of every training image is {low}: nothing can be learnt from constant images. "
+            f"Were floats 0..1 turned into uint8? Multiply them by 255 first"
+        )
+    if high <= 1:
+        yield "data: all pixels of the training images are 0 or 1, of 0..255; were floats 0..1 turned into uint8?"
+    blank = int(np.sum(np.ptp(data.train.images.reshape(len(data.train.images), -1), axis=1) == 0))
+    if 2 * blank > len(data.train.images):
+        yield f"data: {blank} of {len(data.train.images)} training images are constant"
+    for name, part in (("validation", data.validation), ("test", data.test)):
+        absent = np.setdiff1d(np.arange(data.num_classes), part.labels)
+        if len(np.unique(part.labels)) < 2:
+            raise ConfigError(
+                f"{data.name}: the {len(part.labels)} {name} images are all of class {part.labels[0]}, so whoever "
+                f"guesses it has no error; raise data.{name}, or add images of the other classes"
+            )
+        if absent.size:
+            listed = ", ".join(map(str, absent[:5])) + (", ..." if absent.size > 5 else "")
+            yield f"data: the {name} part has no image of class {listed}; errors say nothing about these classes"
+    if len(data.validation.labels) < FEW_VALIDATION:
+        share = 100 / len(data.validation.labels)
+        yield f"data: only {len(data.validation.labels)} validation images: one of them is {share:.1f} % of error"
 
 
 def _part(images: Images, labels: Labels) -> Part:
@@ -281,43 +317,96 @@ def _npz(data: Data) -> _Raw:
     except Exception as error:  # a damaged archive can raise nearly any exception
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path}: no npz of plain arrays, or truncated ({why}); write it by numpy.savez") from error
-    return _from_arrays(path, arrays)
+    return _from_arrays(path, arrays, data.axes)
 
 
 def _from_function(data: Data) -> _Raw:
     """Call the user's function; the current folder can be imported from meanwhile."""
     module, _, function = data.name.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    importlib.invalidate_caches()  # the file may be younger than the import system's last look
+    here = _working_folder()
     try:
-        arrays = getattr(importlib.import_module(module), function)()
+        with _contained(here, module):
+            arrays = getattr(_imported(module, here), function)()
+    except SystemExit as error:
+        raise ConfigError(
+            f"data.name: {data.name}: it ended by sys.exit({error.code!r}) instead of returning arrays; put what a "
+            f"script does under: if __name__ == '__main__'"
+        ) from error
     except Exception as error:  # the user's code may raise anything
         allowed = f"a module that is installed or in {here}, a colon, and a function that takes no arguments"
         raise ConfigError(f"data.name: {data.name}: {type(error).__name__}: {error} (expected: {allowed})") from error
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
     if not isinstance(arrays, dict):
         raise ConfigError(f"data.name: {data.name} returned {_describe(arrays)}; expected a dict of {_KEYS_ALLOWED}")
-    return _from_arrays(data.name, arrays)
+    return _from_arrays(data.name, arrays, data.axes)
 
 
-def _from_arrays(where: str, arrays: Mapping[str, object]) -> _Raw:
+def _working_folder() -> str:
+    """The current folder; raises ConfigError where it has been deleted."""
+    try:
+        return os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the working folder cannot be read: {error.strerror}; go to one that exists") from error
+
+
+def _imported(module: str, here: str) -> Any:
+    """Import the user's module, from the current folder before any other place; what it imports, from there last.
+
+    Else a file of the user's that is called like a module of the standard library would be run in its place.
+    """
+    top = module.partition(".")[0]
+    if top not in sys.modules:
+        importlib.invalidate_caches()  # the file may be younger than the import system's last look
+        spec = importlib.machinery.PathFinder.find_spec(top, [here])
+        if spec is not None and spec.loader is not None:
+            sys.modules[top] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(sys.modules[top])
+            except BaseException:
+                del sys.modules[top]
+                raise
+    return importlib.import_module(module)
+
+
+@contextmanager
+def _contained(here: str, module: str) -> Iterator[None]:
+    """For the user's code: what it prints goes to standard error, it sees no arguments, and may change the folder.
+
+    Standard output belongs to whoever called us, such as `--json`, also where a library writes to descriptor 1.
+    """
+    arguments, sys.argv = sys.argv, [module]
+    sys.path.append(here)
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.chdir(here)
+        if here in sys.path:
+            sys.path.reverse()
+            sys.path.remove(here)  # the last one, which is ours
+            sys.path.reverse()
+        sys.argv = arguments
+
+
+def _from_arrays(where: str, arrays: Mapping[str, object], axes: str | None) -> _Raw:
     """Check keys, types, shapes and labels; `where` names the source in errors."""
     given = set(arrays)
     keys = min(_KEYS, key=lambda keys: len(given.symmetric_difference(keys)))  # what was probably meant
     if odd := given.symmetric_difference(keys):
         listed = ", ".join(sorted(f"{'unknown' if key in given else 'missing'} {key}" for key in odd))
         raise ConfigError(f"{where}: {listed}; the keys must be {_KEYS_ALLOWED}")
-    images = _checked_images(f"{where}: {keys[0]}", arrays[keys[0]])
+    images = _checked_images(f"{where}: {keys[0]}", arrays[keys[0]], axes)
     labels = _checked_labels(f"{where}: {keys[1]}", arrays[keys[1]], len(images), len(images))
     sizes = np.bincount(labels, minlength=2)
     if not sizes.all():
         raise ConfigError(f"{where}: {keys[1]}: class {sizes.argmin()} of 0..{len(sizes) - 1} is absent")
     if len(keys) == 2:
         return _Raw(images, labels, len(sizes))
-    test_images = _checked_images(f"{where}: x_test", arrays["x_test"])
+    test_images = _checked_images(f"{where}: x_test", arrays["x_test"], axes)
     if test_images.shape[1:] != images.shape[1:]:
         sides = f"{test_images.shape[1:]}; x_train has {images.shape[1:]}"
         raise ConfigError(f"{where}: x_test: one image is (C, H, W) = {sides}")
@@ -325,19 +414,35 @@ def _from_arrays(where: str, arrays: Mapping[str, object]) -> _Raw:
     return _Raw(images, labels, len(sizes), (test_images, test_labels))
 
 
-def _checked_images(where: str, given: object) -> Images:
-    """Turn uint8 (N, H, W) or (N, H, W, C) into (N, C, H, W)."""
+def _checked_images(where: str, given: object, axes: str | None) -> Images:
+    """Turn uint8 (N, H, W), (N, H, W, C), or (N, C, H, W) where `axes` says so, into (N, C, H, W)."""
     if not isinstance(given, np.ndarray) or given.dtype != np.uint8:
         raise ConfigError(f"{where} is {_describe(given)}; convert to uint8 0..255")
-    images = given[..., None] if given.ndim == 3 else given
-    if images.ndim != 4 or images.size == 0 or images.shape[3] > MAX_CHANNELS:
-        allowed = f"(N, H, W) or (N, H, W, C), none of them 0, C at most {MAX_CHANNELS}"
-        raise ConfigError(f"{where} has the shape {given.shape}; expected {allowed}")
-    if images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+    if given.ndim == 4 and axes is None and _may_be_channels_first(given.shape):
         raise ConfigError(
-            f"{where} has the shape {given.shape}: channels first? Expected (N, H, W, C): np.moveaxis(x, 1, 3)"
+            f"{where} has the shape {given.shape}: channels first? Expected (N, H, W, C). Say what the axes are by "
+            f"data: {{axes: NCHW}} or data: {{axes: NHWC}}"
         )
-    return np.moveaxis(images, 3, 1)
+    images = given[:, None] if given.ndim == 3 else given if axes == "NCHW" else np.moveaxis(given, -1, 1)
+    if images.ndim != 4 or images.size == 0 or images.shape[1] > MAX_CHANNELS:
+        allowed = f"(N, H, W) or {'(N, C, H, W)' if axes == 'NCHW' else '(N, H, W, C)'}"
+        raise ConfigError(
+            f"{where} has the shape {given.shape}; expected {allowed}, none of them 0, C at most {MAX_CHANNELS}"
+        )
+    return images
+
+
+def _may_be_channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether images of 4 axes may be (N, C, H, W): as likely as not, or for sure."""
+    _, first, middle, last = shape
+    if first > MAX_CHANNELS:
+        return False
+    if last > MAX_CHANNELS:
+        return True
+    square_first, square_last = middle == last, first == middle  # the two sides, as either reading has them
+    if square_first != square_last:
+        return square_first
+    return square_first or (first in (1, 3)) >= (last in (1, 3))
 
 
 def _checked_labels(where: str, given: object, count: int, limit: int) -> Labels:

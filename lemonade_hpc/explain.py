@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -21,10 +22,23 @@ def command(*words: str) -> str:
     return " ".join([os.environ.get("LEMONADE_AS", "lemonade-hpc"), shlex.join(words)])
 
 
+DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+"""Whole numbers that YAML 1.1 reads as a person does."""
+
+
 def mistakes(node: yaml.Node | None) -> Iterator[str]:
-    """Find what YAML takes in silence: keys twice in a mapping, of which it keeps the last; 4:00:00, which is 14400."""
+    """Find what YAML takes in silence: a key given twice, of which it keeps the last; numbers read otherwise.
+
+    YAML 1.1 reads 4:00:00 as 14400, 010 as 8, 0x10 as 16 and 0b10 as 2.
+    """
     if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
         yield f"got {node.value} in line {node.start_mark.line + 1}; give a number, without colons"
+    elif isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and not DECIMAL.fullmatch(node.value):
+        yield (
+            f"got {node.value} in line {node.start_mark.line + 1}, "
+            f"which YAML 1.1 takes for octal, hexadecimal or binary; give a decimal number "
+            f"without leading zeros, or text in quotes"
+        )
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from mistakes(item)

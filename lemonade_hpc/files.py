@@ -29,8 +29,11 @@ WEIGHTS = "weights.safetensors"
 
 STORAGE_ERRORS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENOTCONN,
+    errno.EFBIG,
 })  # fmt: skip
 """Errors of the file system, not of the program: the run pauses and can go on once they are gone."""
+OUTAGES = STORAGE_ERRORS | {errno.EACCES, errno.EPERM}
+"""The same in the middle of a run: what was allowed when it began is refused by an expired ticket, or a `chmod`."""
 
 STALE_S = 60.0
 """For how long a machine may see what others do in a shared folder as it was before: NFS's acregmax and acdirmax."""
@@ -122,11 +125,24 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+NO_SUCH_CALL = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""What a file system says that has no such operation."""
+
+
+def sync(handle: int) -> None:
+    """Make what was written to an open file or folder durable, where the file system can. Raises OSError."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SUCH_CALL:
+            raise
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        sync(handle)
     finally:
         os.close(handle)
 
@@ -149,9 +165,9 @@ def write(path: Path, content: bytes, *, new: bool = False) -> None:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if new:
-            os.link(temporary, path)
+            _claim(temporary, path)
         else:
             os.replace(temporary, path)
     except OSError as error:
@@ -160,6 +176,20 @@ def write(path: Path, content: bytes, *, new: bool = False) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _claim(temporary: Path, path: Path) -> None:
+    """Give a file a name that none has; raises FileExistsError where one has.
+
+    A file system without hard links, such as exFAT or sshfs, has the name made first, empty for a moment.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_SUCH_CALL | {errno.EPERM, errno.EMLINK}:
+            raise
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        os.replace(temporary, path)
 
 
 def remove(path: Path) -> None:

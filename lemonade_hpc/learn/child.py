@@ -48,6 +48,9 @@ NUM_MEASURED = 256
 EXACT_TOLERANCE = 1e-6
 """Largest difference of logits, relative to their scale, that an exact edit may make in stored float32 weights."""
 
+MOST_WORDS = 400
+"""Characters of what torch says of memory that are put on record."""
+
 LATE_POLL_S = 0.5
 """Time between looks for a parent's weights that are not there yet."""
 
@@ -95,13 +98,24 @@ def train_child(lab: Lab, task: dict[str, Any], line: Line | None = None) -> dic
         val_error = error(network, lab.validation)
         outcome |= {"objectives": {"val_error": val_error}, "receipt": receipt, "weights": _store(lab, task, network)}
     except OSError as trouble:
-        if trouble.errno not in files.STORAGE_ERRORS:
+        if trouble.errno not in files.OUTAGES:
             raise
         return {"storage": f"child {task['child']}: {files.in_words(trouble)}"}
     except (Diverged, OutOfTolerance, ParentDamaged) as fault:
         outcome |= {"failure": {"kind": type(fault).__name__, "reason": str(fault)}}
+    except (MemoryError, RuntimeError) as fault:
+        if not _is_out_of_memory(fault):
+            raise
+        outcome |= {"failure": {"kind": "memory", "reason": f"needs more memory than there is: {fault}"[:MOST_WORDS]}}
+    if "failure" in outcome and lab.device.type == "cuda":
+        torch.cuda.empty_cache()
     seconds = before_s + time.perf_counter() - started
     return outcome | {"wall_s": round(seconds, 3), "device": device_name(lab.device)}
+
+
+def _is_out_of_memory(fault: Exception) -> bool:
+    """Whether there was too little memory; torch says so on a CPU by a plain RuntimeError."""
+    return isinstance(fault, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(fault)
 
 
 def _key(lab: Lab, task: dict[str, Any]) -> str:

@@ -6,7 +6,9 @@ Decides: how a worker is started, seen and ended. Never decides whether a child 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import signal
 import time
 from collections.abc import Collection, Sequence
@@ -25,6 +27,10 @@ DIED, CANCELLED, REQUEUED = "died", "cancelled", "requeued"
 """How a worker ended: nobody can say more; a person cancelled it; its job was put back into the queue."""
 FATE = frozenset({CANCELLED, REQUEUED, "preempted", "node failure", "time limit"})
 """Ends that are no fault of a worker's, nor of its node's."""
+UNBOUND = {"OMP_PROC_BIND": "false", "OMP_PLACES": "", "GOMP_CPU_AFFINITY": "", "KMP_AFFINITY": "disabled"}
+"""Else OpenMP binds the first thread of each worker of a machine to the same core."""
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Has submitit's processes import nothing from the working folder."""
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -164,14 +170,17 @@ class LocalBackend:
         executor = LocalExecutor(folder=self._run / files.WORKERS / name / "job")
         executor.update_parameters(timeout_min=10 * 365 * 24 * 60)
         self._gpus[name] = gpu = self._free_gpu()
-        old_threads = {key: os.environ.get(key) for key in THREAD_LIMITS}
+        changed = dict.fromkeys(THREAD_LIMITS, str(self._cluster.cpus_per_worker)) | UNBOUND | SAFE_PATH
+        before_them = {key: os.environ.get(key) for key in changed}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit the mask
         try:
-            os.environ.update(dict.fromkeys(THREAD_LIMITS, str(self._cluster.cpus_per_worker)))
-            self._jobs[name] = executor.submit(worker.serve, str(self._run), name, {"CUDA_VISIBLE_DEVICES": gpu})
+            os.environ.update(changed)
+            environment = {"CUDA_VISIBLE_DEVICES": gpu, **dict.fromkeys((*UNBOUND, *SAFE_PATH))}
+            environment |= {"OMP_PROC_BIND": "false"}
+            self._jobs[name] = executor.submit(worker.serve, str(self._run), name, environment)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            for key, value in old_threads.items():
+            for key, value in before_them.items():
                 os.environ.pop(key) if value is None else os.environ.update({key: value})
 
     def _free_gpu(self) -> str | None:
@@ -242,11 +251,16 @@ class LocalBackend:
             self.kill(name)
 
 
+DEVICE = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
+"""A device in CUDA_VISIBLE_DEVICES: an index, or a UUID. Slurm sets "NoDevFiles" where a job has none."""
+
+
 def visible_gpus() -> list[str]:
     """List the NVIDIA GPUs of this machine that this process may use, by index or UUID; asked without loading CUDA."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is not None:
-        return [part.strip() for part in allowed.split(",") if part.strip() not in ("", "-1")]
+        parts = (part.strip() for part in allowed.split(","))
+        return list(itertools.takewhile(DEVICE.fullmatch, parts))  # CUDA too ends at the first that is no device
     folder = Path("/proc/driver/nvidia/gpus")
     return [str(index) for index in range(len(list(folder.iterdir())))] if folder.is_dir() else []
 

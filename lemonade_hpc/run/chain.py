@@ -38,7 +38,7 @@ EARLY = "early"
 UNFIT = re.compile(r'["%\\\n]')
 """In names that a line of a batch script cannot have."""
 TEMPLATE = Path(__file__).with_name("coordinator.sbatch")
-PROGRAM = (sys.executable, "-m", "lemonade_hpc.cli")
+PROGRAM = (sys.executable, "-P", "-m", "lemonade_hpc.cli")
 
 
 def job_name(run_id: str) -> str:

@@ -358,8 +358,10 @@ class Coordinator:
         """How many workers there are that it knows of."""
         return len(self._crew.handles)
 
-    def close(self) -> None:
+    def close(self, *, orderly: bool = True) -> None:
         """Leave in good order: workers that end with this session are stopped, what they still report is committed.
+
+        Not `orderly`: after an error that nobody expected the end is not recorded, so that it counts as a crash.
 
         That it has closed its journal is the last thing it says: from then on the run is free. What cannot be written
         any more (a full disk) is found again by the next coordinator. One that is here already, or may be and is not
@@ -378,8 +380,9 @@ class Coordinator:
                 self._backend.close()
                 for path in leftovers.jobs(self.run, self._launches()):
                     files.remove(path)
-            with contextlib.suppress(OSError):
-                self._ledger.record({"event": "closed", "why": self.why, "halted": self.halted})
-                self._ledger.write()
+            if orderly:
+                with contextlib.suppress(OSError):
+                    self._ledger.record({"event": "closed", "why": self.why, "halted": self.halted})
+                    self._ledger.write()
         self._crew.close()
         self._ledger.close()

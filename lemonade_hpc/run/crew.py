@@ -248,9 +248,10 @@ class Crew:
         A child that crashed on a node is tried on others, as long as there are any.
         """
         history, chosen = self._ledger.history, defaultdict[WorkerHandle, list[Key]](list)
+        known = history.workers  # one whose end is on record may have an outcome to tell, and takes no child any more
         for number in numbers:
             nodes = self._nodes_for(number)
-            present = [one for one in self.handles.values() if one.present and one.node in nodes]
+            present = [one for one in self.handles.values() if one.present and one.node in nodes and one.name in known]
             handle = min(present, key=lambda one: len(one.tasks), default=None)
             if handle is None or len(handle.tasks) >= ahead:
                 continue

@@ -83,7 +83,10 @@ def _data(config: Config) -> tuple[Check, data_sets.DataSet | None]:
         fix = "put the data there, readable, or say where it is: data.root; every node must see it by that name"
         return Check("data", FAIL, str(error), fix), None
     counts = ", ".join(f"{len(part.labels):,}" for part in (data.train, data.validation, data.test))
-    return Check("data", OK, f"{source}: {counts} images to train on, for validation, for test"), data
+    seen = f"{source}: {counts} images to train on, for validation, for test"
+    if data.warnings:
+        return Check("data", WARN, f"{seen}; {'; '.join(data.warnings)}", "look at the images and labels"), data
+    return Check("data", OK, seen), data
 
 
 def _run(config: Config, data: data_sets.DataSet, run: Path) -> Iterator[Check]:

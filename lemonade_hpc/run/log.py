@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lemonade_hpc.files import Patience, dumps
+from lemonade_hpc.files import Patience, dumps, sync
 
 LINK_LENGTH = 16
 START = "0" * LINK_LENGTH
@@ -64,7 +64,7 @@ class LogWriter:
             while written < len(content):
                 written += os.write(self._file, content[written:])
             if durable:
-                os.fsync(self._file)
+                sync(self._file)
         except OSError as error:
             error.filename = str(self.path)
             with contextlib.suppress(OSError):  # a read-only file system: the torn line fails its check

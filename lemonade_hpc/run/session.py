@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from lemonade_hpc import data as data_sets
 from lemonade_hpc import explain, files
-from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
+from lemonade_hpc.config import Config, ConfigError, from_dict, resolve, to_dict
 from lemonade_hpc.run import backends, chain, container, lease, owner, population, queue, record, request, slurm
 from lemonade_hpc.run.backends import Backend, InlineBackend, LocalBackend
 from lemonade_hpc.run.container import Image
@@ -35,8 +35,10 @@ MAY_CHANGE = ("cluster", "container", "storage", "search.children", "data.root")
 """Keys that may differ when a run goes on: its numbers stay comparable. What data.root leads to must be the same."""
 
 
-HELD_S = 60.0
-"""How often a coordinator of a chain looks whether the one before, which Slurm has given up, has really ended."""
+HELD_S, LONG_HELD_S = 4.0, 60.0
+"""How often a coordinator of a chain looks whether the one before has ended: first, and where that takes long."""
+LOOKS = 30
+"""So often it looks before that counts as long."""
 ROOM_S = 600.0
 """How long one of a chain waits where the file system fails; if it leaves then, another one follows at once."""
 
@@ -62,7 +64,7 @@ def search(config: Config, run: Path, observer: Observer, *, take_over: bool = F
     try:
         return _run(opened, observer)
     except (OSError, NoRoom) as error:
-        raise _waited(error, run, observer.note) from error
+        raise _waited(error, run, observer.note, files.OUTAGES) from error
 
 
 def patiently(do: Callable[[], Done], run: Path, note: Callable[[str], None]) -> Done:
@@ -76,9 +78,11 @@ def patiently(do: Callable[[], Done], run: Path, note: Callable[[str], None]) ->
                 raise no_room from error
 
 
-def _waited(error: OSError | NoRoom, run: Path, note: Callable[[str], None]) -> NoRoom:
-    """What to raise where the file system fails, in a chain later; raises what is no such error at once."""
-    if isinstance(error, OSError) and error.errno not in files.STORAGE_ERRORS:
+def _waited(
+    error: OSError | NoRoom, run: Path, note: Callable[[str], None], outages: frozenset[int] = files.STORAGE_ERRORS
+) -> NoRoom:
+    """What to raise where the file system fails, in a chain later; raises what is none of the `outages` at once."""
+    if isinstance(error, OSError) and error.errno not in outages:
         raise error
     no_room = error if isinstance(error, NoRoom) else NoRoom(f"the file system fails: {files.in_words(error)}")
     if chain.is_link():
@@ -96,7 +100,7 @@ def _open(config: Config, run: Path, observer: Observer, *, take_over: bool) -> 
         _check_backend(config)
     image = container.read(config)
     fixed = _prepare(config, data, run, image)
-    journal = None
+    journal, looks = None, 0
     while journal is None:
         try:
             calm_s = 0.0 if chain.begun_by_a_person() else config.cluster.status_s
@@ -121,9 +125,11 @@ def _open(config: Config, run: Path, observer: Observer, *, take_over: bool) -> 
             if owner.is_own(lease.read_owner(run, files.epochs(run)[-1])["owner"]):
                 raise NoRoom("the file system failed when it had just begun") from held  # the next one goes on
             chain.has_begun(run)
-            observer.note(f"{held}. Waiting for that")
-            time.sleep(HELD_S)
-    for text in (*loaded.warnings, *loaded.late, *_overspent(history)):
+            if looks in (0, LOOKS):
+                observer.note(f"{held}. Waiting for that")
+            looks += 1
+            time.sleep(HELD_S if looks <= LOOKS else LONG_HELD_S)
+    for text in (*(f"warning: {one}" for one in data.warnings), *loaded.warnings, *loaded.late, *_overspent(history)):
         observer.note(text)
     return Coordinator(run, config, history, journal, _backend(run, config, image, observer), observer)
 
@@ -131,6 +137,7 @@ def _open(config: Config, run: Path, observer: Observer, *, take_over: bool) -> 
 def _run(coordinator: Coordinator, observer: Observer) -> History:
     """Have a coordinator search until the budget is spent, and leave in good order whatever ends it."""
     with _signals(coordinator):
+        orderly = True
         try:
             coordinator.adopt()
             if chain.begun_by_a_person():
@@ -142,9 +149,12 @@ def _run(coordinator: Coordinator, observer: Observer) -> History:
             if isinstance(error, Stopped) and not isinstance(error, Superseded) and not chain.is_link():
                 _tell_who_goes_on(coordinator, observer)
             raise
+        except BaseException as error:
+            orderly = isinstance(error, OSError) and error.errno in files.OUTAGES
+            raise
         finally:
             chain.has_begun(coordinator.run)
-            coordinator.close()
+            coordinator.close(orderly=orderly)
             if coordinator.halted and chain.is_link():
                 chain.end(record.read_identity(coordinator.run)["run"])
     return coordinator.history
@@ -285,7 +295,8 @@ def _go_on(config: Config, data: data_sets.DataSet, run: Path) -> Problem:
 
 def _same(content: dict[str, Any], config: Config, data: data_sets.DataSet, run: Path) -> None:
     """Refuse to go on with other settings or other data than the run was started with."""
-    before, now = _flat(content["config"]), _flat(to_dict(config))
+    then = resolve(from_dict(content["config"], str(run / files.RUN)), data.shape)  # newer keys get their defaults
+    before, now = _flat(to_dict(then)), _flat(to_dict(config))
     for key in sorted(before.keys() | now.keys()):
         if not key.startswith(MAY_CHANGE) and before.get(key) != now.get(key):
             was = f"with {key} = {before[key]!r}" if key in before else f"without {key}"
@@ -357,7 +368,9 @@ def _signals(coordinator: Coordinator) -> Iterator[None]:
         coordinator.stop_signal = coordinator.stop_signal or number
 
     wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {which: signal.signal(which, handle) for which in wanted}
+    # `nohup` has SIGHUP ignored. A shell that starts a job by `&` in a script has SIGINT so, which means nothing.
+    heard = [which for which in wanted if which == signal.SIGINT or signal.getsignal(which) != signal.SIG_IGN]
+    before = {which: signal.signal(which, handle) for which in heard}
     try:
         yield
     finally:

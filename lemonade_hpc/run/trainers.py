@@ -20,8 +20,8 @@ from typing import Any, Protocol
 from lemonade_hpc import files
 from lemonade_hpc.run.log import Message
 
-TRAINER = ("-m", "lemonade_hpc.learn.child")
-"""What a trainer process runs."""
+TRAINER = ("-P", "-m", "lemonade_hpc.learn.child")
+"""What a trainer process runs; nothing is imported from the working folder (-P), whatever lies there."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Those that ask a worker to leave. Slurm sends some of them to all processes of a job."""
 LOG_CAP = 2**20

@@ -81,6 +81,8 @@ class Worker:
     ) -> None:  # fmt: skip
         self.run, self.name, self._outage_s = run, name, outage_s
         self.caught = [] if caught is None else caught
+        self.continued: list[int] = []
+        """One for each time that its process was stopped and goes on; cleared when that is taken into account."""
         self._leaving: str | None = None
         """Why, once it must."""
         self._leave_by = math.inf
@@ -101,7 +103,7 @@ class Worker:
         self._known: set[tuple[int, str]] = set()
         self._current: Message | None = None
         self._deadline = 0.0
-        self._began_at = self._idle_since = self._beat_at = self._pulse_at = time.monotonic()
+        self._began_at = self._idle_since = self._beat_at = self._pulse_at = self._attended_at = time.monotonic()
         self._pulse = -1
         who = owner.identity()
         node = os.environ.get("SLURMD_NODENAME", who["host"])
@@ -248,8 +250,18 @@ class Worker:
 
     # ------------------------------------------------------------ the trainer
 
+    def _forgive_pause(self) -> None:
+        """Time in which this process was stopped, and its trainer with it (`scontrol suspend`), is not the child's."""
+        now = time.monotonic()
+        if self.continued:
+            self.continued.clear()
+            self._deadline += now - self._attended_at
+            self._idle_since += now - self._attended_at
+        self._attended_at = now
+
     def _attend(self) -> None:
         """Hear the trainer, notice its death, start the next task."""
+        self._forgive_pause()
         if self._trainer is not None:
             for message in self._trainer.poll():
                 self._hear(message)
@@ -337,7 +349,7 @@ class Worker:
                 break
             except OSError as error:
                 over = time.monotonic() - began >= self._outage_s
-                if error.errno not in files.STORAGE_ERRORS or self.signalled or over:
+                if error.errno not in files.OUTAGES or self.signalled or over:
                     raise
             failed = True
             time.sleep(OUTAGE_POLL_S)
@@ -368,6 +380,7 @@ def serve(run: str, name: str, environment: Mapping[str, str | None] | None = No
     folder = Path(run)
     log = folder / files.WORKERS / name / "trainer.log"
     worker = Worker(folder, name, lambda epoch: ProcessTrainer(folder, epoch, log), caught, OUTAGE_S)
+    signal.signal(signal.SIGCONT, lambda number, frame: worker.continued.append(number))
     while worker.step():
         worker.wait()
 

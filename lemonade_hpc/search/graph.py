@@ -114,6 +114,10 @@ def channel_runs(graph: Graph, shapes: dict[int, Shape]) -> dict[int, tuple[Run,
     return {id_: final[value] for id_, value in runs.items()}
 
 
+MAX_SIDE, MAX_PARAMS = 2**20, 2**34
+"""More than that no device holds: a graph that asks for it was not made by this program."""
+
+
 def validate(graph: Graph, signature: Signature) -> dict[int, Facts]:
     """Check everything a graph promises; return `infer`'s result.
 
@@ -141,11 +145,19 @@ def validate(graph: Graph, signature: Signature) -> dict[int, Facts]:
         raise GraphError(f"nodes {sorted(unread)} are read by nobody")
     kinds: dict[int, set[str]] = {}
     for node in graph.nodes:
+        if not 0 <= node.tie < graph.next_id:
+            raise GraphError(f"node {node.id}: its tie {node.tie} is negative or not below next_id {graph.next_id}")
         kinds.setdefault(node.tie, set()).add(node.op.name)
     for tie, names in kinds.items():
         if len(names) > 1:
             raise GraphError(f"nodes of tie {tie} are of different operators: {', '.join(sorted(names))}")
     known = infer(graph, signature)
+    for id_, fact in known.items():
+        if max(fact.shape) > MAX_SIDE or fact.num_params > MAX_PARAMS:
+            raise GraphError(
+                f"node {id_}: shape {fact.shape}, {fact.num_params} parameters; "
+                f"at most {MAX_SIDE} a side and {MAX_PARAMS} parameters a node are allowed"
+            )
     channel_runs(graph, {id_: fact.shape for id_, fact in known.items()})
     return known
 

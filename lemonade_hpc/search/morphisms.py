@@ -330,8 +330,17 @@ def to_json(edits: Iterable[Edit]) -> list[list[Any]]:
 
 
 def from_json(data: Iterable[Iterable[Any]]) -> tuple[Edit, ...]:
-    """The inverse of `to_json`; legality is checked by `edited`."""
-    return tuple(Edit(*item) for item in data)
+    """The inverse of `to_json`; legality is checked by `edited`. Raises ValueError for what is no list of edits."""
+    return tuple(map(_edit, data if isinstance(data, (list, tuple)) else [data]))
+
+
+def _edit(item: Any) -> Edit:
+    if not isinstance(item, (list, tuple)) or len(item) != 3:
+        raise ValueError(f"got {item!r}; an edit is a list of kind, site and argument")
+    kind, site, arg = item
+    if not isinstance(kind, str) or kind not in _RULES or type(site) is not int or type(arg) is not int:
+        raise ValueError(f"got {item!r}; expected a kind of {', '.join(_RULES)}, and site and argument as integers")
+    return Edit(kind, site, arg)
 
 
 def replay(graph: Graph, edits: Iterable[Edit], signature: Signature) -> Graph:

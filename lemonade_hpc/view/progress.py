@@ -5,6 +5,7 @@ Decides: how often it speaks. Never writes to standard output.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from types import TracebackType
 
@@ -51,6 +52,10 @@ class ProgressView:
 
     def update(self, history: History, workers: dict[str, str]) -> None:
         """Show the standing: after every commit, and every few seconds."""
+        with contextlib.suppress(OSError):  # a log on a full disk ends no search
+            self._update(history)
+
+    def _update(self, history: History) -> None:
         done = history.state.num_committed
         budget = history.state.num_initial + history.state.problem.config.search.children
         total = max(budget, history.state.num_asked)
@@ -65,10 +70,11 @@ class ProgressView:
 
     def note(self, text: str) -> None:
         """Show something that a person should read."""
-        if self._console.is_terminal:
-            self._console.print(text, style="yellow", markup=False)
-        else:
-            self._line(text)
+        with contextlib.suppress(OSError):
+            if self._console.is_terminal:
+                self._console.print(text, style="yellow", markup=False)
+            else:
+                self._line(text)
 
     def _line(self, text: str) -> None:
         """Write one line of a log, unbroken, with the time of day."""

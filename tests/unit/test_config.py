@@ -231,6 +231,23 @@ def test_a_tag_never_runs_code(tag, tmp_path):
     assert not proof.exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "seed: 010", "search: {children: 0100}", "training: {lr: 010}", "cluster: {extra: {nice: 0x1F}}",
+        "objectives: [{name: val_error}, {name: params, max: 0200000}]", "training: {batch_size: 0b101}",
+    ],
+)  # fmt: skip
+def test_numbers_that_yaml_reads_otherwise_are_refused(line: str) -> None:
+    with pytest.raises(ConfigError, match=r"in line 2, which YAML 1.1 takes for octal, hexadecimal or binary"):
+        config.parse(f"data: {{name: digits}}\n{line}\n", "mine.yaml")
+
+
+def test_plain_numbers_are_read_as_written() -> None:
+    read = config.parse("data: {name: digits}\nseed: 0\nsearch: {children: 1_000}\ntraining: {lr: 0.05}\n", "mine.yaml")
+    assert (read.seed, read.search.children, read.training.lr) == (0, 1000, 0.05)
+
+
 def test_yaml_is_read_by_safe_loaders_and_pickles_by_none_but_the_cifar_reader():
     calls = {"yaml": set(), "pickle": set()}
     for path in Path(lemonade_hpc.__file__).parent.rglob("*.py"):

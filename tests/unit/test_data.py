@@ -511,13 +511,64 @@ def test_own_arrays_without_a_test_part(source: Callable[..., Data], keys: tuple
     assert refusal(source(arrays, test=1000)).startswith("data.validation: ")
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 16])
+@pytest.mark.parametrize("channels", [1, 3])
 def test_channels_come_first(source: Callable[..., Data], channels: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (50, 4, 5, channels), dtype=np.uint8)
     arrays = {"x_train": images, "y_train": np.arange(50) % 2, "x_test": images, "y_test": np.arange(50) % 2}
     loaded = data.load(source(arrays))
     assert loaded.shape == (channels, 4, 5)
     assert np.array_equal(loaded.test.images.transpose(0, 2, 3, 1), images)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 8, 8), (2, 16, 16), (12, 16, 16), (13, 9, 9), (8, 12, 12), (4, 5, 2), (8, 8, 8), (3, 3, 3), (1, 9, 40)],
+)
+def test_axes_that_can_be_read_two_ways_must_be_stated(source: Callable[..., Data], shape: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, *shape), dtype=np.uint8)
+    arrays = {"x": images, "y": np.arange(50) % 2}
+    assert "data: {axes: NCHW} or data: {axes: NHWC}" in refusal(source(arrays))
+    first = data.load(source(arrays, axes="NCHW"))
+    assert first.shape == shape
+    assert {image.tobytes() for image in first.test.images} <= {image.tobytes() for image in images}
+    if shape[2] <= data.MAX_CHANNELS:
+        assert data.load(source(arrays, axes="NHWC")).shape == (shape[2], *shape[:2])
+    else:
+        assert "expected (N, H, W) or (N, H, W, C)" in refusal(source(arrays, axes="NHWC"))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (9, 7, 1), (16, 16, 4), (17, 20, 5)])
+def test_axes_that_can_be_read_one_way_need_not(source: Callable[..., Data], shape: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, *shape), dtype=np.uint8)
+    assert data.load(source({"x": images, "y": np.arange(50) % 2})).shape == (shape[2], *shape[:2])
+
+
+def test_axes_are_for_own_arrays_only() -> None:
+    assert refusal(Data(name="digits", axes="NCHW")).startswith("data.axes: got NCHW, but 'digits' knows its own")
+
+
+def of_classes(*counts: int, values: int = 256) -> Arrays:
+    """Random images, so many of each class."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    images = np.random.default_rng(0).integers(0, values, (len(labels), 6, 6), dtype=np.uint8)
+    return {"x": images, "y": labels}
+
+
+def test_images_of_which_nothing_can_be_learnt_are_refused(source: Callable[..., Data]) -> None:
+    message = refusal(source(of_classes(150, 150, values=1)))
+    assert "every pixel of every training image is 0" in message and "Multiply them by 255" in message
+    assert "validation images are all of class 0" in refusal(source(of_classes(1997, 3)))
+
+
+def test_what_makes_errors_mean_less_is_said(source: Callable[..., Data]) -> None:
+    assert data.load(source(of_classes(200, 200))).warnings == ()
+    assert "0 or 1" in "".join(data.load(source(of_classes(200, 200, values=2))).warnings)
+    assert "no image of class 2" in "".join(data.load(source(of_classes(300, 300, 2))).warnings)
+    assert "only 8 validation images: one of them is 12.5 %" in "".join(data.load(source(of_classes(25, 25))).warnings)
+    half_black = of_classes(200, 200)
+    half_black["x"][::2] = 0
+    half_black["x"][1] = 7
+    assert "training images are constant" in "".join(data.load(source(half_black)).warnings)
 
 
 def changed(**changes: Any) -> Arrays:
@@ -535,7 +586,8 @@ BAD_ARRAYS: dict[str, tuple[Arrays, str]] = {
     ),
     "flat images": (changed(x_train=np.zeros((100, 6), "u1")), "x_train has the shape (100, 6)"),
     "five axes": (changed(x_train=np.zeros((100, 2, 3, 1, 1), "u1")), "x_train has the shape (100, 2, 3, 1, 1)"),
-    "channels first": (changed(x_train=np.zeros((100, 3, 32, 32), "u1")), "C at most 16"),
+    "channels first": (changed(x_train=np.zeros((100, 3, 32, 32), "u1")), "channels first? Expected (N, H, W, C)"),
+    "many channels": (changed(x_train=np.zeros((100, 32, 32, 17), "u1")), "C at most 16"),
     "no images": (changed(x_train=np.zeros((0, 2, 3), "u1"), y_train=np.zeros(0, int)), "none of them 0"),
     "no pixels": (changed(x_train=np.zeros((100, 0, 3), "u1")), "none of them 0"),
     "no test images": (changed(x_test=np.zeros((0, 2, 3), "u1"), y_test=np.zeros(0, int)), "x_test has the shape (0,"),
@@ -604,7 +656,7 @@ def test_function_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     body = "def make():\n    import helper_of_my_images\n    return helper_of_my_images.ARRAYS\n"
     (tmp_path / "my_images.py").write_text(body)
-    arrays = "{'x': np.zeros((20, 4, 4), 'uint8'), 'y': np.arange(20) % 2}"
+    arrays = "{'x': np.arange(320, dtype='uint8').reshape(20, 4, 4), 'y': np.arange(20) % 2}"
     (tmp_path / "helper_of_my_images.py").write_text(f"import numpy as np\nARRAYS = {arrays}\n")
     before = list(sys.path)
     loaded = data.load(Data(name="my_images:make"))
@@ -623,6 +675,52 @@ def test_function_written_a_moment_ago_is_found(tmp_path: Path, monkeypatch: pyt
     os.utime(tmp_path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert refusal(Data(name="late_images:make")).startswith("late_images:make: missing x")
     monkeypatch.delitem(sys.modules, "late_images")
+
+
+OWN_MODULE = """
+import argparse, os, statistics, sys, threading
+import numpy as np
+print("imported", flush=True)
+argparse.ArgumentParser().parse_args()
+def make():
+    os.write(1, b"written")
+    print("called")
+    os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), "elsewhere"))
+    return {"x": np.arange(720, dtype="uint8").reshape(20, 6, 6), "y": np.arange(20) % 2}
+"""
+
+
+def test_a_users_module_may_print_parse_arguments_and_change_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And lie beside files that are called like modules of the standard library."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lemonade-hpc", "search", "--run", "x"])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "statistics.py").write_text("raise RuntimeError('shadowed')")
+    (tmp_path / "restless_images.py").write_text(OWN_MODULE)
+    monkeypatch.delitem(sys.modules, "statistics", raising=False)
+    assert data.load(Data(name="restless_images:make")).shape == (1, 6, 6)
+    out, err = capfd.readouterr()
+    assert out == "" and all(word in err for word in ("imported", "written", "called"))
+    assert Path.cwd() == tmp_path and sys.argv[1] == "search"
+    monkeypatch.delitem(sys.modules, "restless_images")
+
+
+def test_a_users_module_may_not_end_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "leaving_images.py").write_text("import sys\nsys.exit(0)\n")
+    message = refusal(Data(name="leaving_images:make"))
+    assert "ended by sys.exit(0)" in message and "__main__" in message
+    assert "leaving_images" not in sys.modules
+
+
+def test_a_working_folder_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "the working folder cannot be read" in refusal(Data(name="any_images:make"))
 
 
 def boom() -> Arrays:

@@ -416,7 +416,7 @@ def test_a_group_that_one_copy_shares_with_another_tie_is_not_resized() -> None:
         (0, Input(), ()), (1, Conv(4, 3), (0,)), (2, Conv(4, 1), (0,)), (3, Add(), (1, 2)),
         (4, Conv(4, 3), (3,)), (5, Conv(8, 1), (3,)), (6, Concat(), (4, 5)),
     )  # fmt: skip
-    tied = study(linked(*nodes, ties={1: 10, 4: 10, 2: 20, 5: 20}))
+    tied = study(linked(*nodes, ties={1: 1, 4: 1, 2: 2, 5: 2}))
     assert tied.writers[1] == [tied.by_id[1], tied.by_id[2]]
     assert morphisms.sites(tied, "widen") == morphisms.sites(tied, "prune") == []
     assert len(morphisms.sites(study(linked(*nodes)), "widen")) == 4
