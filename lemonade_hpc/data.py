@@ -132,11 +132,11 @@ def _warnings(data: DataSet) -> Iterator[str]:
     for name, part in (("validation", data.validation), ("test", data.test)):
         absent = np.setdiff1d(np.arange(data.num_classes), part.labels)
         if len(np.unique(part.labels)) < 2:
-            raise ConfigError(
-                f"{data.name}: the {len(part.labels)} {name} images are all of class {part.labels[0]}, so whoever "
-                f"guesses it has no error; raise data.{name}, or add images of the other classes"
+            yield (
+                f"data: the {len(part.labels)} {name} images are all of one class, {part.labels[0]}: a network that "
+                f"always guesses it has error 0, and nothing can be told apart; raise data.{name}, or add images"
             )
-        if absent.size:
+        elif absent.size:
             listed = ", ".join(map(str, absent[:5])) + (", ..." if absent.size > 5 else "")
             yield f"data: the {name} part has no image of class {listed}; errors say nothing about these classes"
     if len(data.validation.labels) < FEW_VALIDATION:

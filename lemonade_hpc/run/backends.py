@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ FATE = frozenset({CANCELLED, REQUEUED, "preempted", "node failure", "time limit"
 """Ends that are no fault of a worker's, nor of its node's."""
 UNBOUND = {"OMP_PROC_BIND": "false", "OMP_PLACES": "", "GOMP_CPU_AFFINITY": "", "KMP_AFFINITY": "disabled"}
 """Else OpenMP binds the first thread of each worker of a machine to the same core."""
+PLACEHOLDER = re.compile("%[jtaA]")
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """Has submitit's processes import nothing from the working folder."""
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -150,6 +152,8 @@ class LocalBackend:
         self._jobs: dict[str, Any] = {}
         self._known: dict[str, dict[str, Any]] = {}
         self._gpus: dict[str, str | None] = {}
+        self._links: tempfile.TemporaryDirectory[str] | None = None
+        """Other names of workers' folders."""
         self.gpus = int(cluster.device != "cpu" and bool(visible_gpus()))
 
     def room(self) -> int:  # noqa: D102
@@ -167,7 +171,7 @@ class LocalBackend:
         """
         from submitit import LocalExecutor
 
-        executor = LocalExecutor(folder=self._run / files.WORKERS / name / "job")
+        executor = LocalExecutor(folder=self._plain(self._run / files.WORKERS / name / "job"))
         executor.update_parameters(timeout_min=10 * 365 * 24 * 60)
         self._gpus[name] = gpu = self._free_gpu()
         changed = dict.fromkeys(THREAD_LIMITS, str(self._cluster.cpus_per_worker)) | UNBOUND | SAFE_PATH
@@ -182,6 +186,17 @@ class LocalBackend:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for key, value in before_them.items():
                 os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+    def _plain(self, folder: Path) -> Path:
+        """A name of this folder in which submitit finds none of its placeholders, such as %t in `95%target`."""
+        if not PLACEHOLDER.search(str(folder.absolute())):
+            return folder
+        files.make_folder(folder)
+        if self._links is None:
+            self._links = tempfile.TemporaryDirectory(prefix="lemonade-")
+        link = Path(self._links.name) / folder.parent.name
+        link.symlink_to(folder.absolute())
+        return link
 
     def _free_gpu(self) -> str | None:
         """The GPU that the fewest living workers have, as CUDA_VISIBLE_DEVICES names it; None: as torch finds it."""
@@ -249,6 +264,8 @@ class LocalBackend:
             time.sleep(0.02)
         for name in list(self._jobs):
             self.kill(name)
+        if self._links is not None:
+            self._links.cleanup()
 
 
 DEVICE = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")

@@ -112,6 +112,11 @@ class Crew:
                 f"worker {handle.name}: a damaged message in {handle.damaged}; its children go elsewhere"
             )
             self._end(handle, "damaged log")
+        elif handle.vanished:
+            self._observer.note(
+                f"worker {handle.name}: {files.done_log(handle.name)} has vanished; another one is started"
+            )
+            self._end(handle, "its log has vanished")
         if full is not None:
             raise NoRoom(f"worker {handle.name} cannot write: {full}")
 

@@ -58,6 +58,11 @@ class WorkerHandle:
         """Its log, where a report in it is damaged: what it said cannot be known."""
         return self._reader.path if self._reader.num_damaged else None
 
+    @property
+    def vanished(self) -> bool:
+        """Whether its log is gone: what it says cannot be heard any more."""
+        return self._reader.vanished
+
     def assign(self, keys: Iterable[Key]) -> None:
         """Send it some of its tasks. Raises OSError."""
         assert self._mailbox is not None

@@ -127,6 +127,9 @@ class LogReader:
     def __init__(self, path: Path, stale_s: float | None = None) -> None:
         self.path = path
         self.num_damaged = 0
+        self.vanished = False
+        """Whether the log, which existed before its reader, is gone and has been so for longer than it may be late."""
+        self._absence = Patience(stale_s)
         self._patience = Patience(stale_s)
         self._offset = 0
         self._previous = START
@@ -140,7 +143,9 @@ class LogReader:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
+            self.vanished = not self._absence.waits(False)
             return []
+        self._absence.waits(True)
         lines, rest = parse(content, self._previous)
         sound = next((k for k, (_, _, body) in enumerate(lines) if body is None), len(lines))
         if self._patience.waits(sound == len(lines)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -145,3 +146,28 @@ def test_dumps_is_one_line_and_canonical(value: object) -> None:
 def test_dumps_refuses_what_json_has_not(value: float) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         files.dumps({"x": [value]})
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    files.write(tmp_path / "a", b"one", new=True)
+    with pytest.raises(FileExistsError):
+        files.write(tmp_path / "a", b"two", new=True)
+    assert (tmp_path / "a").read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("number", "raises"), [(errno.EINVAL, False), (errno.ENOSYS, False), (errno.EIO, True)])
+def test_a_file_system_that_has_no_fsync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raises: bool
+) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError) if raises else contextlib.nullcontext():
+        files.write(tmp_path / "a", b"one")
+    assert (tmp_path / "a").exists() != raises

@@ -364,3 +364,12 @@ def test_a_skip_is_trained_from_zero() -> None:
     net = network(0, Graph(nodes, skip.next_id))
     training.fit(net, some_images(), settings(), epochs=2, lr=0.1, stream=(0,))
     assert abs(net.get_parameter("6.lam").item()) > 1e-4
+
+
+def test_statistics_come_from_a_histogram_and_arrays_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (37, 3, 5, 4), dtype=np.uint8)
+    images[:, 2] = 7
+    monkeypatch.setattr(training, "COUNTED", 100)
+    mean, std = training._statistics(images)
+    assert np.allclose(mean, images.mean(axis=(0, 2, 3)), rtol=1e-12)
+    assert np.allclose(std, np.maximum(images.std(axis=(0, 2, 3)), 1.0), rtol=1e-12)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lemonade_hpc import files
-from lemonade_hpc.config import Config, ConfigError, to_dict
+from lemonade_hpc.config import Config, ConfigError, resolve, to_dict
 from lemonade_hpc.run import backends, owner, record, session
 from lemonade_hpc.run.coordinator import Coordinator, Stopped
 from lemonade_hpc.run.lease import Held
+from lemonade_hpc.run.ledger import NoRoom
 from lemonade_hpc.run.log import Message
 from lemonade_hpc.search import evolution
 
@@ -447,3 +450,79 @@ def test_a_run_starts_with_its_identity(run: Path) -> None:
     assert len(content["run"]) == 32
     again = session._prepare(SETTINGS, doubles.images(), run)
     assert again == fixed and evolution.start(again).num_asked == 0
+
+
+def test_nohup_holds(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGHUP is ignored where it was ignored before the search began."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        done = doubles.search(run, SETTINGS, lambda task: os.kill(os.getpid(), signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert done.state.complete
+
+
+def test_an_error_that_nobody_expected_counts_as_a_crash(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a chain whose coordinators fail one after another would go on for ever."""
+
+    def fail(*args: Any) -> None:
+        raise KeyError("a defect")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(Coordinator, "_go_on", fail)
+        doubles.search(run, SETTINGS)
+    history = doubles.load(run, SETTINGS).history
+    assert (history.num_crashes, history.closed) == (1, False)
+    assert doubles.search(run, SETTINGS).state.complete
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EFBIG])
+def test_what_is_refused_in_the_middle_of_a_run_is_an_outage(
+    run: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """An expired ticket, `chmod`, `ulimit -f`: the same command goes on once it is mended, and no child has failed."""
+
+    def fail(*args: Any) -> None:
+        raise OSError(number, os.strerror(number), str(run))
+
+    with monkeypatch.context() as patch, pytest.raises(NoRoom, match=os.strerror(number)):
+        patch.setattr(Coordinator, "_seal", fail)
+        doubles.search(run, SETTINGS)
+    history = doubles.search(run, SETTINGS)
+    assert history.state.complete and not history.failures
+
+
+def test_a_run_of_an_older_version_goes_on(run: Path) -> None:
+    """Keys that are newer than the run count as their defaults, those that follow the images too."""
+    doubles.search(run, doubles.config(search={"children": 3}))
+    content = json.loads((run / files.RUN).read_text())
+    del content["config"]["data"]["axes"], content["config"]["training"]["cutout"]
+    (run / files.RUN).write_text(json.dumps(content))
+    older = record.read_identity(run)["config"]
+    assert "axes" not in older["data"]
+    session._same(record.read_identity(run), resolve(SETTINGS, doubles.images().shape), doubles.images(), run)
+
+
+def test_what_makes_errors_mean_less_is_told_at_the_start(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.data_sets, "load", lambda settings: replace(doubles.images(), warnings=("data: few",)))
+    notes = doubles.Notes()
+    session.search(SETTINGS, run, notes)
+    assert notes.about("warning: data: few")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "gpus"),
+    [
+        ("NoDevFiles", []),
+        ("", []),
+        ("-1", []),
+        ("none", []),
+        ("0,-1,1", ["0"]),
+        ("MIG-3eb87630/1/0,GPU-8932f937", None),
+    ],
+)
+def test_what_cuda_visible_devices_may_hold(
+    monkeypatch: pytest.MonkeyPatch, allowed: str, gpus: list[str] | None
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    assert backends.visible_gpus() == (allowed.split(",") if gpus is None else gpus)

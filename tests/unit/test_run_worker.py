@@ -1046,3 +1046,14 @@ def test_a_trainer_that_dies_with_the_signal_to_its_worker_is_at_no_fault(desk: 
     said = desk.heard()
     assert [message["say"] for message in said if message["say"] in ("crashed", "unfit", "bye")] == ["bye"]
     assert said[-1]["reason"] == worker.SIGNALLED and len(desk.trainers) == 1
+
+
+def test_time_in_which_the_worker_was_stopped_is_no_time_of_its_childs(desk: Desk) -> None:
+    """As by `scontrol suspend`: the process is sent SIGCONT when it goes on."""
+    desk.words[0] = "hang"
+    desk.send(task(0))
+    assert desk.steps() and desk.wait(60)
+    desk.clock.now += 3600
+    desk.worker.continued.append(signal.SIGCONT)
+    assert desk.wait(50) and not desk.trainers[0].killed
+    assert desk.wait(61) and desk.trainers[0].killed

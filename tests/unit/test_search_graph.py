@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -374,3 +375,17 @@ def test_cheap_objectives_are_sums_over_the_nodes(seed: int) -> None:
         graphs.macs(graph, SIGNATURE),
         graphs.params(graph, SIGNATURE),
     )
+
+
+@pytest.mark.parametrize("tie", [-1, 10**6])
+def test_ties_out_of_range_are_refused(tie: int) -> None:
+    graph = chain([Conv(4, 3), GlobalPool(), Linear()])
+    nodes = tuple(replace(node, tie=tie) if node.id == 1 else node for node in graph.nodes)
+    with pytest.raises(GraphError, match=f"node 1: its tie {tie} is negative or not below"):
+        graphs.validate(replace(graph, nodes=nodes), SIGNATURE)
+
+
+@pytest.mark.parametrize("op", [Conv(2**21, 1), Conv(2**20, 401)])
+def test_absurd_sizes_are_refused(op: Conv) -> None:
+    with pytest.raises(GraphError, match="node 1: .* are allowed"):
+        graphs.validate(chain([op, GlobalPool(), Linear()]), SIGNATURE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -451,3 +452,15 @@ def test_a_skip_needs_its_far_end_in_every_copy() -> None:
     changed = study(morphisms.edited(study(graph), Edit("add", second, first)).graph)
     assert len(changed.of(Add)) == 2 and len({node.tie for node in changed.of(Add)}) == 1
     assert len(changed.of(Depthwise)) == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None, 3, "widen", [3], [["widen"]], [["widen", 1, 2, 3]], [["wide", 1, 2]], [["widen", "1", 2]],
+        [[1, 1, 1]], [["widen", 1, None]], [["widen", True, 2]], {"kind": "widen"},
+    ],
+)  # fmt: skip
+def test_what_is_no_edit_is_refused(data: Any) -> None:
+    with pytest.raises(ValueError, match="an edit is a list|expected a kind"):
+        morphisms.from_json(data)
