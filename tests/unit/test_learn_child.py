@@ -467,3 +467,16 @@ def test_starting_the_trainer_imports_no_compiler(folder: tuple[Path, Path]) -> 
     command = [sys.executable, "-c", code, *map(str, folder), json.dumps(task_of(GRAPH, 40, 1))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        MemoryError("no more"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_is_told_from_a_defect(fault: Exception) -> None:
+    assert child._is_out_of_memory(fault)
+    assert not child._is_out_of_memory(RuntimeError("shapes do not match"))

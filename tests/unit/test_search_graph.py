@@ -379,7 +379,7 @@ def test_cheap_objectives_are_sums_over_the_nodes(seed: int) -> None:
 
 @pytest.mark.parametrize("tie", [-1, 10**6])
 def test_ties_out_of_range_are_refused(tie: int) -> None:
-    graph = chain([Conv(4, 3), GlobalPool(), Linear()])
+    graph = chain([Input(), Conv(4, 3), GlobalPool(), Linear()])
     nodes = tuple(replace(node, tie=tie) if node.id == 1 else node for node in graph.nodes)
     with pytest.raises(GraphError, match=f"node 1: its tie {tie} is negative or not below"):
         graphs.validate(replace(graph, nodes=nodes), SIGNATURE)
@@ -388,4 +388,4 @@ def test_ties_out_of_range_are_refused(tie: int) -> None:
 @pytest.mark.parametrize("op", [Conv(2**21, 1), Conv(2**20, 401)])
 def test_absurd_sizes_are_refused(op: Conv) -> None:
     with pytest.raises(GraphError, match="node 1: .* are allowed"):
-        graphs.validate(chain([op, GlobalPool(), Linear()]), SIGNATURE)
+        graphs.validate(chain([Input(), op, GlobalPool(), Linear()]), SIGNATURE)
