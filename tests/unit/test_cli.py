@@ -696,3 +696,12 @@ def test_a_locale_without_our_characters_ends_no_command(finished):
         done = subprocess.run(command, capture_output=True, env=narrow, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
         assert b"Pareto front" in done.stdout
+
+
+def test_where_a_run_folder_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli._folder("a/mine.yaml", None) == Path("mine")
+    assert cli._folder("mine.yaml", "~/x") == tmp_path / "x"
+    for given in ("", " ", "~nobody-of-this-name/x"):
+        with pytest.raises(config.ConfigError, match="--run: got"):
+            cli._folder("mine.yaml", given)

@@ -545,6 +545,29 @@ def test_a_worker_whose_end_is_on_record_is_not_asked_after_again(run: Path) -> 
     assert sum(history.departures.values()) == history.num_launched
 
 
+def test_a_worker_whose_end_is_on_record_gets_no_child(run: Path) -> None:
+    """Files may be seen late here, so its last words are waited for; it is no worker that a child could be given to."""
+    backend = FakeCluster(run, lambda node, task: "long" if task["child"] == 4 else None)
+    made = doubles.start(run, settings(), backend)
+    while 5 not in made._arrived:
+        made._turn()
+    (name,) = [one.worker for one in made.history.attempts[5]]
+    backend.die(name)
+    made._turn()
+    assert name not in made.history.workers
+    made._crew.close()
+    made._ledger.close()
+    later = doubles.start(run, settings(stale_s=60.0), FakeCluster(run))
+    assert later._crew.handles[name].present and not later._crew.handles[name].tasks
+    later._crew.handles = {name: later._crew.handles[name]}  # there is no other one
+    number = min(later.history.state.in_flight)
+    before = list(later.history.attempts[number])
+    later._crew.hand_out([number], ahead=99)
+    assert later.history.attempts[number] == before
+    later._crew.close()
+    later._ledger.close()
+
+
 def test_a_worker_whose_end_is_not_known_yet_is_not_replaced(run: Path) -> None:
     """It may have been cancelled by a person. Its children go elsewhere at once."""
     backend = FakeCluster(run, lambda node, task: "long")

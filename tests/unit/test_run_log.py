@@ -275,3 +275,14 @@ def test_what_a_reader_finds_does_not_depend_on_when_it_looks(
         path.write_bytes(CONTENT[:end])
         found += reader.poll()
     assert found == MESSAGES and json.dumps(found) == json.dumps(MESSAGES)
+
+
+def test_a_log_that_has_vanished_is_noticed_once_it_cannot_be_late(tmp_path: Path) -> None:
+    path = tmp_path / "done.log"
+    with LogWriter(path) as writer:
+        writer.append([{"say": "hello"}])
+    at_once, patient = LogReader(path), LogReader(path, 3600.0)
+    assert len(at_once.poll()) == len(patient.poll()) == 1
+    path.unlink()
+    assert at_once.poll() == patient.poll() == []
+    assert at_once.vanished and not patient.vanished

@@ -526,3 +526,15 @@ def test_what_cuda_visible_devices_may_hold(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
     assert backends.visible_gpus() == (allowed.split(",") if gpus is None else gpus)
+
+
+@pytest.mark.parametrize("name", ["95%target", "%j", "plain"])
+def test_submitit_finds_no_placeholder_in_a_folders_name(tmp_path: Path, name: str) -> None:
+    backend = backends.LocalBackend(tmp_path / name, SETTINGS.cluster)
+    folder = tmp_path / name / "workers" / "e1w00" / "job"
+    plain = backend._plain(folder)
+    assert (plain == folder) == (name == "plain")
+    if plain != folder:
+        assert "%" not in str(plain) and plain.resolve() == folder
+        backend.close()
+        assert not plain.exists() and folder.is_dir()
